@@ -1,0 +1,114 @@
+"""Eviction policies, one file each. A new one: copy `lru.py`, add a line to `POLICIES` in `policy.py`."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from moesim.errors import InputError
+
+if TYPE_CHECKING:
+    from moesim.cache.policy import PolicyContext
+
+
+class BasePolicy:
+    """The parts that most policies share. Keys are ``layer * num_experts + expert``."""
+
+    information: ClassVar[str] = "I1"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self.num_layers, self.num_experts = context.num_layers, context.num_experts
+        self.num_keys = context.num_layers * context.num_experts
+        self._attached = False
+
+    def attach(self, slots_per_layer: int, shared: bool) -> None:
+        """Learn the capacity; called once, by the cache that owns the policy."""
+        if self._attached:
+            raise InputError(
+                f"a {type(self).__name__} serves one cache and has it: make a new one with make_policy")
+        self._attached = True
+
+    def admits(self, key: int, now: int) -> bool:
+        """Return whether an absent expert may enter at all."""
+        return True
+
+    def prefers(self, key: int, victim: int, now: int) -> bool:
+        """Return whether `key` should take the place of `victim` (False: `key` stays outside)."""
+        return True
+
+    def touch(self, key: int, now: int) -> None:
+        """Note that `key` was used by access `now`."""
+
+    def insert(self, key: int, now: int) -> None:
+        """Note that `key` became resident during access `now`."""
+
+    def evict(self, key: int) -> None:
+        """Note that `key` is no longer resident."""
+
+    def victim(self, candidates: Sequence[int], now: int) -> int:
+        """Return the candidate that leaves."""
+        raise NotImplementedError
+
+
+class RankedPolicy(BasePolicy):
+    """Evicts the candidate of the lowest rank; a child gives `worth`, and amortised O(log slots) follows.
+
+    The rank is ``worth * num_keys + key``: candidates of equal worth leave in the order of their keys, and a
+    rank says whose it is. Each pool has a heap, in which old ranks stay until they come up or until the heap
+    is rebuilt.
+    """
+
+    def worth(self, key: int, now: int) -> int:
+        """Return what `key`, used by or inserted during access `now`, is worth keeping."""
+        raise NotImplementedError
+
+    def attach(self, slots_per_layer: int, shared: bool) -> None:
+        """Make one heap per pool."""
+        super().attach(slots_per_layer, shared)
+        self._pool_keys = self.num_keys if shared else self.num_experts
+        num_pools = self.num_keys // self._pool_keys
+        self._heaps: list[list[int]] = [[] for _ in range(num_pools)]
+        self._heap_limit = 8 * slots_per_layer * self.num_layers // num_pools
+        self._resident = [False] * self.num_keys
+        self._rank = [0] * self.num_keys
+
+    def touch(self, key: int, now: int) -> None:
+        """Rank `key` anew."""
+        self._rank[key] = rank = self.worth(key, now) * self.num_keys + key
+        if self._resident[key]:
+            heap = self._heaps[key // self._pool_keys]
+            if len(heap) >= self._heap_limit:
+                self._rebuild(heap)
+            heapq.heappush(heap, rank)
+
+    def insert(self, key: int, now: int) -> None:
+        """Rank `key` and let it compete."""
+        self._resident[key] = True
+        RankedPolicy.touch(self, key, now)
+
+    def evict(self, key: int) -> None:
+        """Forget that `key` was resident; its ranks in the heap are void."""
+        self._resident[key] = False
+
+    def victim(self, candidates: Sequence[int], now: int) -> int:
+        """Return the candidate of the lowest rank."""
+        heap = self._heaps[next(iter(candidates)) // self._pool_keys]
+        protected = []
+        while True:
+            rank = heap[0]
+            key = rank % self.num_keys
+            valid = self._rank[key] == rank and self._resident[key]
+            if valid and key in candidates:
+                break
+            heapq.heappop(heap)
+            if valid:
+                protected.append(rank)
+        for rank in protected:
+            heapq.heappush(heap, rank)
+        return key
+
+    def _rebuild(self, heap: list[int]) -> None:
+        keys = {rank % self.num_keys for rank in heap}
+        heap[:] = [self._rank[key] for key in keys if self._resident[key]]
+        heapq.heapify(heap)

@@ -1,0 +1,79 @@
+"""``moesim simulate``: one point of a study, as one result folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moesim.cli_common import JsonFlag, console, emit_json, show_files
+from moesim.errors import InputError
+
+if TYPE_CHECKING:
+    from moesim.scenario.schema import ExpertParallelStudy, OffloadStudy, Scenario
+    from moesim.simulate.result import SimulationResult
+
+
+def simulate(
+    scenario: Annotated[Path, typer.Option(help="A scenario file (YAML).")],
+    study: Annotated[str, typer.Option(help="The study that the point belongs to.")],
+    out: Annotated[Path, typer.Option(help="The *.result folder to write.")],
+    point: Annotated[int | None, typer.Option(min=0, help="Which point of the study (default: 0).")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A *.plan.json to simulate instead of a point.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Simulate one point of a study and write its whole result: every task, step, transfer."""
+    from moesim.scenario.load import load_scenario
+
+    if plan is not None and point is not None:
+        raise InputError("give --point or --plan, not both")
+    if out.exists() and not (out / "summary.json").is_file():
+        raise InputError(f"{out}: exists and is no result folder; it is left as it is")
+    result = _one_result(load_scenario(scenario), study, point or 0, plan)
+    path = result.write(out)
+    if json:
+        emit_json({"name": result.name, "summary": result.summary, "file": path})
+        return
+    from moesim.report.tables import summary_table
+
+    console().print(summary_table(result))
+    show_files([path])
+
+
+def _one_result(scenario: Scenario, name: str, point: int, plan: Path | None) -> SimulationResult:
+    study = scenario.study(name)
+    if study.kind == "expert_parallel":
+        return _expert_parallel(scenario, study, point, plan)
+    if plan is not None:
+        raise InputError(f"--plan needs a study of kind 'expert_parallel'; {name!r} is of kind {study.kind!r}")
+    if study.kind == "validation":
+        raise InputError(f"study {name!r} runs for real: use moesim validate")
+    return _offload(scenario, study, point)
+
+
+def _expert_parallel(
+    scenario: Scenario, study: ExpertParallelStudy, point: int, plan: Path | None
+) -> SimulationResult:
+    from moesim.scenario.expert_parallel import ExpertParallelSetup
+    from moesim.scenario.inputs import load_inputs
+    from moesim.scenario.schema import PlanChoice
+
+    choices = study.placement.plans
+    choice = PlanChoice(plan=str(plan)) if plan else choices[_checked(point, len(choices), study.name)]
+    return ExpertParallelSetup(load_inputs(scenario), study).point(choice).result
+
+
+def _offload(scenario: Scenario, study: OffloadStudy, point: int) -> SimulationResult:
+    from moesim.scenario.inputs import load_inputs
+    from moesim.scenario.offload import OffloadSetup
+
+    points = study.expand()
+    chosen = points[_checked(point, len(points), study.name)]
+    return OffloadSetup(load_inputs(scenario), study).point(chosen).result
+
+
+def _checked(point: int, num_points: int, name: str) -> int:
+    if point >= num_points:
+        raise InputError(f"--point {point}: study {name!r} has points 0 ... {num_points - 1}")
+    return point

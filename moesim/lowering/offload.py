@@ -1,0 +1,376 @@
+"""Offloaded inference on one device: a bounded pool of expert slots, a slow tier, a CPU that can help.
+
+Routing of a layer becomes known when its router completes; there the program decides: which experts are
+resident, which are still on their way, what to fetch, whom to evict, what the CPU computes, what to
+prefetch for the next layer, and which queued prefetches turned out useless (they are cancelled).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moesim.cache.cache import ExpertCache
+from moesim.cache.prefetch import Prefetcher
+from moesim.errors import InputError
+from moesim.hardware.cost import CostModel
+from moesim.hardware.work import Cost, DenseWork
+from moesim.lowering.batch import StepRecord, expert_counts, head_rows
+from moesim.lowering.graph import (
+    PRIORITY_ADMIT,
+    PRIORITY_COMPUTE,
+    PRIORITY_DEMAND,
+    PRIORITY_PREFETCH,
+    ExecutorView,
+    TaskGraph,
+)
+from moesim.lowering.machine import OffloadMachine
+from moesim.lowering.transfers import Transfers
+from moesim.lowering.work import attention_work, dense_work, experts_work, head_work, router_work, shared_work
+from moesim.model.spec import ModelSpec
+from moesim.traces.steps import Step
+from moesim.traces.trace import RoutingTrace
+from moesim.units import ns_from_s
+
+MISSES = ("load", "cpu", "faster")
+CACHE_COLUMNS = (
+    "accesses",
+    "hits",
+    "late_hits",
+    "misses",
+    "cpu_misses",
+    "loads",
+    "admits",
+    "prefetches",
+    "useful_prefetches",
+    "late_prefetches",
+    "useless_prefetches",
+    "cancelled_prefetches",
+)
+
+
+@dataclass(frozen=True)
+class OffloadPolicy:
+    """What to do with a miss, and what to fetch ahead.
+
+    `miss`: ``load`` (fetch, then compute on the device), ``cpu`` (compute where the weights are; with
+    `admit` they are also fetched in the background), ``faster`` (Fiddler's rule, arXiv 2402.07033: whichever is
+    estimated to take less time for this expert's tokens). `chunks`: pieces of one expert's copy, the grain at which a
+    demand load overtakes prefetches (ProMoE uses 3: gate, up, down).
+    """
+
+    miss: str = "load"
+    admit: bool = True
+    chunks: int = 3
+
+    def __post_init__(self) -> None:
+        if self.miss not in MISSES:
+            raise InputError(f"miss must be one of {', '.join(MISSES)}, got {self.miss!r}")
+        if self.chunks < 1:
+            raise InputError(f"chunks must be at least 1, got {self.chunks}")
+
+
+@dataclass
+class _Layer:
+    """What is known at one decision point."""
+
+    step: Step
+    layer: int
+    now: int
+    router: int
+    counts: np.ndarray
+    tasks: list[int] = field(default_factory=list)
+
+
+class OffloadProgram:
+    """Lowers steps of a trace on one device with a bounded expert cache.
+
+    Args:
+        machine: which device computes, where the experts lie, over which links they come.
+        cache: holds the slots; its policy evicts. prefetcher: ranks experts of the next layer, or None.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        trace: RoutingTrace,
+        steps: list[Step],
+        machine: OffloadMachine,
+        cost: CostModel,
+        cache: ExpertCache,
+        policy: OffloadPolicy,
+        prefetcher: Prefetcher | None = None,
+    ) -> None:
+        trace.check_model(model)
+        machine.check_memory(
+            model, cache.num_slots, max((_kv_tokens(trace, step) for step in steps), default=0)
+        )
+        if policy.miss != "load" and not machine.cpu_sees_experts:
+            raise InputError(
+                f"miss: {policy.miss} needs the experts in the CPU's memory, but they lie in {machine.slow_memory!r}"
+            )
+        self.model, self.trace, self.machine, self.cost = model, trace, machine, cost
+        self.cache, self.policy, self.prefetcher = cache, policy, prefetcher
+        self.steps = [StepRecord(step, len(step.rows)) for step in steps]
+        self.graph = TaskGraph(machine.resources())
+        self.transfers = Transfers(
+            self.graph, machine, cost, model.expert_bytes, policy.chunks, cache.num_slots, model.num_experts
+        )
+        self.cache_counts = {name: np.zeros(model.num_moe_layers, np.int64) for name in CACHE_COLUMNS}
+        self._prefetched: set[int] = set()
+
+    def decisions(self, view: ExecutorView) -> Iterator[int]:
+        """Hand over up to the next router, decide there, and go on."""
+        self.transfers.view = view
+        done: tuple[int, ...] = ()
+        for number, record in enumerate(self.steps):
+            record.first_task = len(self.graph)
+            done = yield from self._lower_step(record.step, number, done)
+            record.last_task = done[0]
+        if done:
+            yield done[0]
+
+    def _lower_step(
+        self, step: Step, number: int, done: tuple[int, ...]
+    ) -> Generator[int, None, tuple[int, ...]]:
+        tokens, context = len(step.rows), int(np.sum(self.trace.position[step.rows] + 1))
+        moe_index = {layer: place for place, layer in enumerate(self.model.moe_layers)}
+        for layer in range(self.model.num_layers):
+            attention = self._dense(
+                "attention", attention_work(self.model, tokens, context), done, step, moe_index.get(layer, -1)
+            )
+            if layer not in moe_index:
+                done = (self._dense("dense", dense_work(self.model, tokens), (attention,), step, -1),)
+                continue
+            moe_layer = moe_index[layer]
+            router = self._dense("router", router_work(self.model, tokens), (attention,), step, moe_layer)
+            yield router
+            now = number * self.model.num_moe_layers + moe_layer
+            counts = expert_counts(self.trace.expert_ids[step.rows, moe_layer], self.model.num_experts)
+            done = (self._moe_layer(_Layer(step, moe_layer, now, router, counts)),)
+        return (self._dense("head", head_work(self.model, head_rows(step)), done, step, -1),)
+
+    def _moe_layer(self, at: _Layer) -> int:
+        """Schedule one layer's experts; returns the barrier that ends it."""
+        wanted = np.flatnonzero(at.counts)
+        self._drop_useless(at.layer, set(wanted.tolist()))
+        hits = [e for e in wanted.tolist() if self.cache.slot_of(at.layer, e) >= 0]
+        misses = [e for e in wanted.tolist() if self.cache.slot_of(at.layer, e) < 0]
+        self._count_accesses(at, hits, misses)
+        self.cache.touch(at.layer, wanted.tolist(), at.now)
+        if self.model.shared_intermediate_size:
+            at.tasks.append(
+                self._dense(
+                    "shared_expert",
+                    shared_work(self.model, len(at.step.rows)),
+                    (at.router,),
+                    at.step,
+                    at.layer,
+                )
+            )
+        for expert in sorted(hits, key=lambda e: not self.transfers.has_arrived(self._key(at.layer, e))):
+            self._compute_resident(at, expert)
+        for expert in sorted(misses, key=lambda e: (-int(at.counts[e]), e)):
+            self._compute_missing(at, expert, set(wanted.tolist()))
+        if self.prefetcher is not None and at.layer + 1 < self.model.num_moe_layers:
+            self._prefetch(at, wanted)
+        return self.graph.barrier(at.tasks, step=at.step.index, layer=at.layer)
+
+    def _key(self, layer: int, expert: int) -> int:
+        return layer * self.model.num_experts + expert
+
+    def _count_accesses(self, at: _Layer, hits: Sequence[int], misses: Sequence[int]) -> None:
+        late = [e for e in hits if not self.transfers.has_arrived(self._key(at.layer, e))]
+        ahead = [e for e in hits if self._key(at.layer, e) in self._prefetched]
+        counts = {
+            "accesses": len(hits) + len(misses),
+            "hits": len(hits) - len(late),
+            "late_hits": len(late),
+            "misses": len(misses),
+            "useful_prefetches": len(set(ahead) - set(late)),
+            "late_prefetches": len(set(ahead) & set(late)),
+        }
+        for name, value in counts.items():
+            self.cache_counts[name][at.layer] += value
+        self._prefetched -= {self._key(at.layer, e) for e in ahead}
+
+    def _drop_useless(self, layer: int, wanted: set[int]) -> None:
+        """Cancel what is still queued of this layer's prefetches that the router did not choose."""
+        for key in sorted(k for k in self._prefetched if k // self.model.num_experts == layer):
+            expert = key % self.model.num_experts
+            if expert in wanted:
+                continue
+            self._prefetched.discard(key)
+            self.cache_counts["useless_prefetches"][layer] += 1
+            if not self.transfers.has_arrived(key) and self.transfers.cancel_rest(key):
+                self.cache_counts["cancelled_prefetches"][layer] += 1
+                self.cache.release(layer, expert)
+
+    def _compute_resident(self, at: _Layer, expert: int) -> None:
+        """Compute an expert that is in a slot, or on its way to one: then the rest of its copy goes first,
+        or the CPU computes it once more where that is its part."""
+        key = self._key(at.layer, expert)
+        if self.policy.miss == "cpu" and self.transfers.in_background(key):
+            self._compute_on_cpu(at, expert)
+            return
+        arrival = self.transfers.promote(key, PRIORITY_DEMAND)
+        self._compute(at, expert, self.cache.slot_of(at.layer, expert), [at.router, *arrival])
+
+    def _compute(self, at: _Layer, expert: int, slot: int, deps: list[int]) -> None:
+        tokens = int(at.counts[expert])
+        work = experts_work(self.model, tokens, 1, tokens)
+        cost = self.cost.grouped_ffn(self.machine.device, work)
+        task = self._add(
+            "expert",
+            self.machine.compute_index,
+            cost,
+            deps,
+            at.step,
+            at.layer,
+            expert=expert,
+            slot=slot,
+            tokens=tokens,
+            num_bytes=round(work.bytes_per_group),
+            flops=tokens * work.flops_per_token,
+        )
+        self.transfers.use(slot, task)
+        at.tasks.append(task)
+
+    def _compute_missing(self, at: _Layer, expert: int, wanted: set[int]) -> None:
+        """Run a missing expert on the CPU, or fetch it: into a slot, or through a staging slot.
+
+        The staging slots take what the policy does not admit or would rather not keep, and what a layer
+        needs beyond its slots; such an expert is used once and not kept.
+        """
+        key = self._key(at.layer, expert)
+        self.transfers.forget(key)
+        if self._on_cpu(at, expert):
+            self._compute_on_cpu(at, expert)
+            if self.policy.admit:
+                self._admit(at, expert, wanted)
+            return
+        reserved = self._reserve(at.layer, expert, at.now, {self._key(at.layer, e) for e in wanted})
+        slot = self.transfers.staging_slot() if reserved < 0 else reserved
+        arrival = self.transfers.fetch(
+            key, slot, "load", PRIORITY_DEMAND, at.router, at.step.index, resident=reserved >= 0
+        )
+        self.cache_counts["loads"][at.layer] += 1
+        self._compute(at, expert, slot, [at.router, arrival])
+
+    def _on_cpu(self, at: _Layer, expert: int) -> bool:
+        if self.policy.miss != "faster":
+            return self.policy.miss == "cpu"
+        tokens = int(at.counts[expert])
+        work = experts_work(self.model, tokens, 1, tokens)
+        load_s = self.transfers.seconds() + self.cost.grouped_ffn(self.machine.device, work).seconds
+        return self.cost.grouped_ffn(self.machine.cpu, work).seconds < load_s
+
+    def _compute_on_cpu(self, at: _Layer, expert: int) -> None:
+        """Send the rows down, compute there, bring the results back."""
+        tokens = int(at.counts[expert])
+        work = experts_work(self.model, tokens, 1, tokens)
+        num_bytes = round(tokens * self.model.hidden_size * self.model.activation_bytes)
+        last = at.router
+        for kind, resource in (
+            ("send", self.machine.out_index),
+            ("cpu_expert", self.machine.cpu_index),
+            ("receive", self.machine.in_index),
+        ):
+            if kind == "cpu_expert":
+                cost = self.cost.grouped_ffn(self.machine.cpu, work)
+                last = self._add(
+                    kind,
+                    resource,
+                    cost,
+                    [last],
+                    at.step,
+                    at.layer,
+                    expert=expert,
+                    tokens=tokens,
+                    num_bytes=round(work.bytes_per_group),
+                    flops=tokens * work.flops_per_token,
+                )
+            elif resource >= 0:
+                cost = self.machine.activation_copy(self.cost, num_bytes)
+                last = self._add(
+                    kind, resource, cost, [last], at.step, at.layer, expert=expert, num_bytes=num_bytes
+                )
+        self.cache_counts["cpu_misses"][at.layer] += 1
+        at.tasks.append(last)
+
+    def _admit(self, at: _Layer, expert: int, wanted: set[int]) -> None:
+        """Fetch an expert that the CPU is computing, for its next use."""
+        slot = self._reserve(at.layer, expert, at.now, {self._key(at.layer, e) for e in wanted})
+        if slot >= 0:
+            key = self._key(at.layer, expert)
+            self.transfers.fetch(key, slot, "admit", PRIORITY_ADMIT, at.router, at.step.index)
+            self.cache_counts["admits"][at.layer] += 1
+
+    def _reserve(self, layer: int, expert: int, now: int, protected: set[int]) -> int:
+        """Return a slot for an expert, -1 if it gets none; whoever leaves the slot is forgotten."""
+        reservation = self.cache.reserve(layer, expert, now, protected)
+        if reservation is None:
+            return -1
+        victim = reservation.victim_key
+        if victim in self._prefetched:
+            self._prefetched.discard(victim)
+            self.cache_counts["useless_prefetches"][victim // self.model.num_experts] += 1
+        self.transfers.forget(victim)
+        return reservation.slot
+
+    def _prefetch(self, at: _Layer, wanted: np.ndarray) -> None:
+        """Fetch predicted experts of the next layer into slots that no other prediction holds."""
+        assert self.prefetcher is not None
+        layer = at.layer + 1
+        predicted = self.prefetcher.predict(at.layer, wanted, at.counts[wanted], at.now)
+        protected = {self._key(layer, e) for e in predicted}
+        for expert in predicted:
+            key = self._key(layer, expert)
+            if self.cache.slot_of(layer, expert) >= 0:
+                continue
+            slot = self._reserve(layer, expert, at.now, protected)
+            if slot >= 0:
+                self.transfers.fetch(key, slot, "prefetch", PRIORITY_PREFETCH, at.router, at.step.index)
+                self._prefetched.add(key)
+                self.cache_counts["prefetches"][layer] += 1
+
+    def _dense(self, kind: str, work: DenseWork, deps: tuple[int, ...], step: Step, layer: int) -> int:
+        cost = self.cost.dense(self.machine.device, work)
+        return self._add(
+            kind,
+            self.machine.compute_index,
+            cost,
+            list(deps),
+            step,
+            layer,
+            tokens=work.tokens,
+            context=work.context,
+            num_bytes=round(work.num_bytes),
+            flops=work.flops,
+        )
+
+    def _add(
+        self, kind: str, resource: int, cost: Cost, deps: list[int], step: Step, layer: int, **labels: float
+    ) -> int:
+        seconds = cost.seconds + self.cost.task_overhead(kind).seconds
+        return self.graph.add(
+            kind,
+            resource,
+            ns_from_s(seconds),
+            deps,
+            priority=PRIORITY_COMPUTE,
+            source=cost.source,
+            step=step.index,
+            layer=layer,
+            **labels,
+        )  # type: ignore[arg-type]
+
+
+def _kv_tokens(trace: RoutingTrace, step: Step) -> int:
+    return (
+        int(np.sum(trace.position[step.rows].astype(np.int64) + 1))
+        if step.phase == "decode"
+        else len(step.rows)
+    )

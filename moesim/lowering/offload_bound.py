@@ -1,0 +1,93 @@
+"""A lower bound on the time of offloaded inference: no cache policy with these slots can be faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.cache.bounds import fewest_misses
+from moesim.cache.policy import AccessStream
+from moesim.hardware.cost import CostModel
+from moesim.lowering.batch import expert_counts, head_rows
+from moesim.lowering.machine import OffloadMachine
+from moesim.lowering.work import attention_work, dense_work, experts_work, head_work, router_work, shared_work
+from moesim.model.spec import ModelSpec
+from moesim.traces.steps import Step
+from moesim.traces.trace import RoutingTrace
+
+
+@dataclass(frozen=True)
+class OffloadBound:
+    """A proven lower bound on the time to the end of the last step, in seconds, and its two sides."""
+
+    total_s: float
+    compute_s: float
+    misses_s: float
+    misses: int
+
+
+def offload_bound(
+    model: ModelSpec,
+    trace: RoutingTrace,
+    steps: list[Step],
+    machine: OffloadMachine,
+    cost: CostModel,
+    stream: AccessStream,
+    *,
+    slots_per_layer: int,
+    preload: list[int],
+    shared: bool,
+    cpu_helps: bool,
+) -> OffloadBound:
+    """Return the larger of two times that nothing can undercut.
+
+    Compute: the device runs attention, routers, heads, and every expert (if the CPU may compute misses: none of those
+    that must miss). Misses: at least `fewest_misses` experts are absent when needed; each crosses the slowest link of the route,
+    or, if `cpu_helps`, is computed by the CPU; at best both sides work all the time.
+    """
+    misses = int(
+        fewest_misses(stream, model.num_experts, slots_per_layer, preload=preload, shared=shared).sum()
+    )
+    fixed = sum(_fixed_s(model, trace, step, machine, cost) for step in steps)
+    experts = np.sort(_expert_seconds(model, trace, steps, machine.device, cost))[::-1]
+    on_device = experts[misses:] if cpu_helps else experts
+    load_s = max(cost.copy(link.name, model.expert_bytes).seconds - link.latency_s for link in machine.route)
+    misses_s = misses * load_s
+    if cpu_helps:
+        cpu_s = float(_expert_seconds(model, trace, steps, machine.cpu, cost).min())
+        misses_s = misses / (1.0 / load_s + 1.0 / cpu_s)
+    compute_s = fixed + float(on_device.sum())
+    return OffloadBound(max(compute_s, misses_s), compute_s, misses_s, misses)
+
+
+def _fixed_s(
+    model: ModelSpec, trace: RoutingTrace, step: Step, machine: OffloadMachine, cost: CostModel
+) -> float:
+    """Seconds of everything in a step but the routed experts."""
+    tokens, context = len(step.rows), int(np.sum(trace.position[step.rows] + 1))
+    parts = [("attention", attention_work(model, tokens, context))] * model.num_layers
+    parts += [("router", router_work(model, tokens))] * model.num_moe_layers
+    parts += [("dense", dense_work(model, tokens))] * model.num_dense_layers
+    parts += [("shared_expert", shared_work(model, tokens))] * (
+        model.num_moe_layers if model.shared_intermediate_size else 0
+    )
+    parts += [("head", head_work(model, head_rows(step)))]
+    return sum(
+        cost.dense(machine.device, work).seconds + cost.task_overhead(kind).seconds for kind, work in parts
+    )
+
+
+def _expert_seconds(
+    model: ModelSpec, trace: RoutingTrace, steps: list[Step], device: str, cost: CostModel
+) -> np.ndarray:
+    """float64[access]: seconds of every expert that a step runs, on `device`."""
+    counts = [
+        expert_counts(trace.expert_ids[step.rows, layer], model.num_experts)
+        for step in steps
+        for layer in range(model.num_moe_layers)
+    ]
+    tokens = np.concatenate([row[row > 0] for row in counts])
+    sizes, index = np.unique(tokens, return_inverse=True)
+    seconds = [cost.grouped_ffn(device, experts_work(model, int(n), 1, int(n))).seconds for n in sizes]
+    return np.asarray(seconds)[index]

@@ -1,0 +1,28 @@
+"""Solvers: one file each, one entry here. Third parties use the entry-point group ``moesim.solvers``.
+
+A solver is a function ``(problem, *, seed, time_limit_s, **options) -> SolveResult``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moesim.placement.result import SolveResult
+from moesim.placement.solvers.affinity import affinity
+from moesim.placement.solvers.contiguous import contiguous
+from moesim.placement.solvers.eplb import eplb
+from moesim.placement.solvers.ilp import ilp
+from moesim.placement.solvers.lpt import lpt
+from moesim.placement.solvers.random_ import random_
+from moesim.registry import Registry
+
+Solver = Callable[..., SolveResult]
+
+SOLVERS: Registry[Solver] = Registry("placement solver", "moesim.solvers", {
+    "contiguous": contiguous,
+    "random": random_,
+    "lpt": lpt,
+    "eplb": eplb,
+    "affinity": affinity,
+    "ilp": ilp,
+})

@@ -1,0 +1,194 @@
+"""The expert-parallel study: several plans of one model on one cluster, judged on requests they have not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import InputError
+from moesim.hardware.cost import CostModel
+from moesim.hardware.spec import HardwareSpec
+from moesim.lowering.bounds import ExpertParallelBound
+from moesim.lowering.expert_parallel import ExpertParallelProgram
+from moesim.placement.bounds import balance_bound
+from moesim.placement.metrics import imbalance, rank_load
+from moesim.placement.place import place, problem_from_trace
+from moesim.placement.plan import PlacementPlan, read_plan
+from moesim.placement.problem import PlacementProblem
+from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note
+from moesim.scenario.schema import ExpertParallelStudy, PlanChoice
+from moesim.simulate.result import SimulationResult
+from moesim.simulate.run import simulate
+from moesim.traces.split import split_requests
+from moesim.traces.steps import Step
+from moesim.traces.trace import RoutingTrace
+from moesim.units import s_from_ns
+
+BOUND_NOTE = (
+    "Bounds: imbalance, the best that any plan with these slots could reach on the judged requests; step time, no plan with "
+    "these slots can be faster under the same costs (slowest attention, then a perfectly even split of rows and distinct "
+    "experts, and only the traffic that top-k forces)."
+)
+
+
+@dataclass(frozen=True)
+class PlannedPoint:
+    """One plan, how it was made, and its simulated run."""
+
+    label: str
+    plan: PlacementPlan
+    row: dict[str, Any]
+    result: SimulationResult
+
+
+class ExpertParallelSetup:
+    """Everything that the plans of a study share. Plans are made from `train`, judged on `test`."""
+
+    def __init__(self, inputs: Inputs, study: ExpertParallelStudy) -> None:
+        self.inputs, self.study, self.seed = inputs, study, inputs.scenario.seed
+        self.hardware: HardwareSpec
+        self.cost: CostModel
+        self.hardware, self.cost = load_machine(study.hardware, study.profile)
+        if self.hardware.num_ranks < 2:
+            raise InputError(
+                f"study {study.name!r}: expert parallelism needs at least 2 GPUs, {study.hardware.name!r} gives "
+                f"{self.hardware.num_ranks}"
+            )
+        self.train, self.test = split_requests(inputs.trace, study.placement.train_fraction, self.seed)
+        self.steps: list[Step] = make_steps(self.test, study.workload, self.seed)
+
+    @cached_property
+    def test_load(self) -> np.ndarray:
+        """int64[layer, expert], the load of the rows that are simulated."""
+        rows = np.concatenate([step.rows for step in self.steps])
+        return np.stack(
+            [
+                np.bincount(ids[ids >= 0].ravel(), minlength=self.inputs.model.num_experts)
+                for ids in np.moveaxis(self.test.expert_ids[rows], 1, 0)
+            ]
+        )
+
+    def problem(self, trace: RoutingTrace, redundant_experts: int) -> PlacementProblem:
+        """Return the placement problem of a trace on this cluster, with the memory left for experts."""
+        model = self.inputs.model
+        free = (
+            min(self.hardware.memory_of(rank).num_bytes for rank in self.hardware.ranks)
+            - model.non_expert_bytes
+        )
+        return problem_from_trace(
+            trace,
+            num_ranks=self.hardware.num_ranks,
+            ranks_per_node=self.hardware.ranks_per_node,
+            redundant_experts=redundant_experts,
+            expert_bytes=model.expert_bytes,
+            memory_bytes_per_rank=free,
+            num_groups=model.num_groups,
+        )
+
+    def make_plan(self, choice: PlanChoice) -> PlacementPlan:
+        """Solve for a plan, or read it."""
+        if choice.plan is not None:
+            return read_plan(choice.plan)
+        problem = self.problem(self.train, choice.redundant_experts)
+        limit = self.study.placement.time_limit_s
+        plan = place(problem, str(choice.solver), seed=self.seed, time_limit_s=limit, **choice.options).plan
+        assert plan is not None  # place() raises otherwise
+        return plan
+
+    def program(self, plan: PlacementPlan) -> ExpertParallelProgram:
+        """Lower the judged steps under a plan."""
+        system = self.study.system
+        return ExpertParallelProgram(
+            self.inputs.model,
+            self.test,
+            self.steps,
+            plan,
+            self.cost,
+            dispatch_bytes=system.dispatch_bytes,
+            collective=system.collective,
+        )
+
+    def point(self, choice: PlanChoice) -> PlannedPoint:
+        """Make one plan, simulate it, and put its figures beside their bounds."""
+        plan = self.make_plan(choice)
+        program = self.program(plan)
+        warmup = self.study.workload.warmup_steps
+        provenance = self.inputs.provenance | {"study": self.study.name, "placement": choice.label}
+        result = simulate(
+            program, name=f"{self.study.name}/{choice.label}", warmup_steps=warmup, provenance=provenance
+        )
+        return PlannedPoint(choice.label, plan, self._row(choice, plan, program, result), result)
+
+    def bound_s(self, slots_per_rank: int) -> float:
+        """Return the lower bound on the mean step time of any plan with these slots."""
+        bound = ExpertParallelBound(self.inputs.model, self.test, self.cost, slots_per_rank)
+        steps = self.steps[self.study.workload.warmup_steps :]
+        return s_from_ns(sum(bound.step(step).total_ns for step in steps)) / len(steps)
+
+    def _row(
+        self,
+        choice: PlanChoice,
+        plan: PlacementPlan,
+        program: ExpertParallelProgram,
+        result: SimulationResult,
+    ) -> dict[str, Any]:
+        step_s, bound_s = result.summary["step_time_s"], self.bound_s(plan.slots_per_rank)
+        redundant = plan.num_slots - plan.num_experts
+        real, best = self._imbalance(plan)
+        moved, width = program.remote_tokens, self.inputs.model.hidden_size
+        token_bytes = width * (program.dispatch_bytes + self.inputs.model.activation_bytes)
+        tokens_per_s = result.summary["tokens_per_s"]
+        return {
+            "placement": choice.label,
+            "redundant_experts": redundant,
+            "imbalance": real,
+            "imbalance_bound": best,
+            "imbalance_gap": (real - best) / real,
+            "cross_rank_fraction": moved["rank"] / moved["all"],
+            "cross_node_fraction": moved["node"] / moved["all"],
+            "cross_rank_bytes_per_step": moved["rank"] * token_bytes / len(self.steps),
+            "cross_node_bytes_per_step": moved["node"] * token_bytes / len(self.steps),
+            "step_time_s": step_s,
+            "step_time_bound_s": bound_s,
+            "step_time_gap": (step_s - bound_s) / step_s,
+            "tokens_per_s": tokens_per_s,
+            "tokens_per_s_bound": tokens_per_s * step_s / bound_s,
+            "bound_by": _bound_by(result),
+            "objective_gap": plan.provenance.get("gap"),
+        }
+
+    def _imbalance(self, plan: PlacementPlan) -> tuple[float, float]:
+        """Busiest rank over the mean, averaged over layers by load: the plan's, and the least possible."""
+        load = self.test_load
+        problem = PlacementProblem(load, plan.num_ranks, plan.slots_per_rank, self.hardware.ranks_per_node)
+        mean = rank_load(plan, load).mean(axis=1)
+        return float(np.average(imbalance(plan, load), weights=mean)), float(
+            np.sum(balance_bound(problem)) / mean.sum()
+        )
+
+    def notes(self, sources: dict[str, int]) -> tuple[str, ...]:
+        """Return what a reader must know."""
+        share = self.study.placement.train_fraction
+        return (
+            f"{self.hardware.num_ranks} ranks in {self.hardware.num_nodes} nodes of {self.hardware.name}; "
+            f"{len(self.steps)} {'' if self.study.workload.include_prefill else 'decode '}steps of {self.study.workload.batch_size} requests.",
+            f"Plans are made from {share:.0%} of the requests and judged on the others.",
+            *self.inputs.notes(),
+            BOUND_NOTE,
+            source_note(sources),
+        )
+
+    def points(self) -> Iterator[PlannedPoint]:
+        """Yield every plan of the study in order."""
+        for choice in self.study.placement.plans:
+            yield self.point(choice)
+
+
+def _bound_by(result: SimulationResult) -> str:
+    """The kind of task that takes most of the critical path, with its share."""
+    path = result.tables["critical_path"].groupby("kind")["time_ns"].sum()
+    return f"{path.idxmax()} {100 * path.max() / path.sum():.0f}%"

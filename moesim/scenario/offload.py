@@ -1,0 +1,249 @@
+"""The offload study: cache policies, prefetchers and CPU help on one device, on requests not seen in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from moesim.cache.cache import ExpertCache
+from moesim.cache.policy import AccessStream, PolicyContext, access_stream, make_policy
+from moesim.cache.prefetch import PrefetchContext, Prefetcher, make_prefetcher
+from moesim.errors import InputError
+from moesim.hardware.cost import CostModel
+from moesim.lowering.machine import OffloadMachine, offload_machine
+from moesim.lowering.offload import OffloadPolicy, OffloadProgram
+from moesim.lowering.offload_bound import OffloadBound, offload_bound
+from moesim.model.spec import ModelSpec
+from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note
+from moesim.scenario.schema import NO_PREFETCH, OffloadStudy, Point
+from moesim.simulate.result import SimulationResult
+from moesim.simulate.run import simulate
+from moesim.traces.split import split_requests
+from moesim.traces.stats import load_counts, transition_counts
+from moesim.traces.steps import Step
+from moesim.traces.trace import RoutingTrace
+from moesim.units import format_bytes, s_from_ns
+
+BOUND_NOTE = (
+    "Bound: no eviction, admission or prefetch policy with these slots can be faster under the same costs: either every expert on "
+    "the device, or the fewest possible misses (offline optimum with bypass) over the link (and the CPU, where it helps)."
+)
+FORESIGHT_NOTE = "belady and oracle know the future: they are references, not policies to deploy."
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What one offloaded run needs besides its point: model, routing, machine; shared by simulation and real run."""
+
+    model: ModelSpec
+    train: RoutingTrace
+    test: RoutingTrace
+    steps: list[Step]
+    machine: OffloadMachine
+    seed: int
+    preload: str = "popular"
+    shared: bool = False
+    chunks: int = 3
+    admit: bool = True
+
+    @cached_property
+    def stream(self) -> AccessStream:
+        """The accesses of the steps."""
+        return access_stream(self.test, [step.rows for step in self.steps])
+
+    @cached_property
+    def popularity(self) -> np.ndarray:
+        """float64[layer, expert], load of the training requests."""
+        return load_counts(self.train).astype(np.float64)
+
+    @cached_property
+    def transitions(self) -> np.ndarray:
+        """float64[layer - 1, expert, expert] of the training requests."""
+        return transition_counts(self.train).astype(np.float64)
+
+    def preloaded(self, slots_per_layer: int) -> list[int]:
+        """Return the keys that fill the slots before the run: each layer's most popular experts."""
+        if self.preload == "none":
+            return []
+        count = min(slots_per_layer, self.model.num_experts)
+        order = np.argsort(-self.popularity, axis=1, kind="stable")[:, :count]
+        return [
+            layer * self.model.num_experts + expert
+            for layer, row in enumerate(order.tolist())
+            for expert in row
+        ]
+
+    def program(self, point: Point, cost: CostModel) -> OffloadProgram:
+        """Build the program of one point with a cache of its own."""
+        model = self.model
+        slots = min(point.slots_per_layer, model.num_experts)
+        context = PolicyContext(model.num_moe_layers, model.num_experts, self.popularity, self.stream)
+        cache = ExpertCache(
+            model.num_moe_layers,
+            model.num_experts,
+            slots,
+            make_policy(point.policy, context),
+            shared=self.shared,
+        )
+        cache.preload(self.preloaded(slots))
+        policy = OffloadPolicy(point.miss, self.admit, self.chunks)
+        return OffloadProgram(
+            model, self.test, self.steps, self.machine, cost, cache, policy, self._prefetcher(point)
+        )
+
+    def _prefetcher(self, point: Point) -> Prefetcher | None:
+        if point.prefetch == NO_PREFETCH:
+            return None
+        context = PrefetchContext(
+            num_layers=self.model.num_moe_layers,
+            num_experts=self.model.num_experts,
+            width=point.prefetch_width,
+            transitions=self.transitions,
+            popularity=self.popularity,
+            future=self.stream,
+            recall=1.0 if point.prefetch_recall is None else point.prefetch_recall,
+            seed=self.seed,
+        )
+        return make_prefetcher(point.prefetch, context)
+
+    def bound(self, point: Point, cost: CostModel) -> OffloadBound:
+        """Return the lower bound for every policy with the point's slots and the point's ways to handle a miss."""
+        slots = min(point.slots_per_layer, self.model.num_experts)
+        return offload_bound(
+            self.model,
+            self.test,
+            self.steps,
+            self.machine,
+            cost,
+            self.stream,
+            slots_per_layer=slots,
+            preload=self.preloaded(slots),
+            shared=self.shared,
+            cpu_helps=point.miss != "load",
+        )
+
+
+@dataclass(frozen=True)
+class OffloadPoint:
+    """One simulated point and its row."""
+
+    label: str
+    row: dict[str, Any]
+    result: SimulationResult
+
+
+class OffloadSetup:
+    """Everything that the points of a study share."""
+
+    def __init__(self, inputs: Inputs, study: OffloadStudy) -> None:
+        self.inputs, self.study = inputs, study
+        self.hardware, self.cost = load_machine(study.hardware, study.profile)
+        seed = inputs.scenario.seed
+        train, test = split_requests(inputs.trace, study.cache.train_fraction, seed)
+        machine = offload_machine(
+            self.hardware, device=study.system.device, slow_memory=study.system.slow_memory
+        )
+        steps = make_steps(test, study.workload, seed)
+        self.offload = Offload(
+            inputs.model,
+            train,
+            test,
+            steps,
+            machine,
+            seed,
+            study.cache.preload,
+            study.cache.shared,
+            study.system.chunks,
+            study.system.admit,
+        )
+
+    def point(self, point: Point) -> OffloadPoint:
+        """Simulate one point."""
+        label = point_label(point)
+        program = self.offload.program(point, self.cost)
+        provenance = self.inputs.provenance | {"study": self.study.name, "point": label}
+        warmup = self.study.workload.warmup_steps
+        result = simulate(
+            program, name=f"{self.study.name}/{label}", warmup_steps=warmup, provenance=provenance
+        )
+        return OffloadPoint(label, self._row(point, result), result)
+
+    def _row(self, point: Point, result: SimulationResult) -> dict[str, Any]:
+        steps, summary = result.tables["steps"], result.summary
+        bound = self.offload.bound(point, self.cost)
+        elapsed_s = s_from_ns(int(steps["end_ns"].iloc[-1]))
+        batch = self.study.workload.batch_size
+        return {
+            "policy": point.policy,
+            "prefetch": _prefetch_label(point),
+            "miss": point.miss,
+            "slots_per_layer": point.slots_per_layer,
+            "resident_fraction": min(1.0, point.slots_per_layer / self.inputs.model.num_experts),
+            "hit_rate": summary["hit_rate"],
+            "htod_bytes_per_token": summary["htod_bytes"] / int(steps["tokens"].sum()),
+            "stall_fraction": self._stall(result, elapsed_s),
+            "tpot_s": summary["decode_step_time_s"],
+            "tpot_bound_s": bound.total_s / len(steps),
+            "tpot_gap": (elapsed_s - bound.total_s) / elapsed_s,
+            "tokens_per_s": summary["tokens_per_s"],
+            "requests_at_once": batch,
+            "bound_by": _bound_by(result),
+        }
+
+    def _stall(self, result: SimulationResult, elapsed_s: float) -> float:
+        """Share of the time in which the device computes nothing."""
+        tasks = result.tasks
+        compute = self.offload.machine.resources()[self.offload.machine.compute_index].name
+        return 1.0 - s_from_ns(int(tasks.loc[tasks["resource"] == compute, "duration_ns"].sum())) / elapsed_s
+
+    def notes(self, sources: dict[str, int]) -> tuple[str, ...]:
+        """Return what a reader must know."""
+        machine, model, study = self.offload.machine, self.inputs.model, self.study
+        link = min(machine.route, key=lambda part: part.bytes_per_s)
+        most = int(machine.free_bytes(model, 0) // model.expert_bytes) // model.num_moe_layers
+        return (
+            f"{model.name} on {self.hardware.name}: experts of {format_bytes(model.expert_bytes)} in {machine.slow_memory}, over "
+            f"{link.name} at {format_bytes(link.bytes_per_s)}/s; {len(self.offload.steps)} steps, {study.workload.batch_size} at once; "
+            f"{most} of {model.num_experts} experts per layer would fit.",
+            f"A cache starts {'with the popular experts of' if study.cache.preload == 'popular' else 'empty; popularity is of'} "
+            f"{study.cache.train_fraction:.0%} of the requests; the others are run. Hits are counted with set semantics, cold misses too.",
+            *self.inputs.notes(),
+            BOUND_NOTE,
+            FORESIGHT_NOTE,
+            source_note(sources),
+        )
+
+    def points(self) -> Iterator[OffloadPoint]:
+        """Yield every point of the study in order."""
+        for point in self.study.expand():
+            yield self.point(point)
+
+
+def point_label(point: Point) -> str:
+    """Return a short name for a point, fit for a file name."""
+    parts: Sequence[str] = (
+        point.policy,
+        f"{point.slots_per_layer}slots",
+        _prefetch_label(point).replace(" ", ""),
+        point.miss,
+    )
+    return "-".join(parts)
+
+
+def _prefetch_label(point: Point) -> str:
+    if point.prefetch == NO_PREFETCH:
+        return NO_PREFETCH
+    recall = "" if point.prefetch_recall is None else f" r{point.prefetch_recall:g}"
+    return f"{point.prefetch} {point.prefetch_width}{recall}"
+
+
+def _bound_by(result: SimulationResult) -> str:
+    """The kind of task that takes most of the critical path, with its share."""
+    path = result.tables["critical_path"].groupby("kind")["time_ns"].sum()
+    if path.empty:
+        raise InputError("the run has no task")
+    return f"{path.idxmax()} {100 * path.max() / path.sum():.0f}%"

@@ -1,0 +1,120 @@
+"""SimulationResult: one schema for simulated and for real runs; written as a `*.result/` folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moesim.artifacts import atomic_folder, write_json
+from moesim.errors import InputError
+from moesim.lowering.graph import LABELS, TaskGraph
+
+SCHEMA = "moesim.result/1"
+DONE, CANCELLED = 0, 1
+TABLES = ("tasks", "steps", "layers", "requests", "transfers", "cache", "critical_path")
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What happened when.
+
+    `tables` holds pandas frames; times are int64 nanoseconds:
+
+    - ``tasks``: task, kind, resource, lane, group, state (0 done, 1 cancelled), priority, ready_ns,
+      start_ns, end_ns, duration_ns, rank, step, layer, expert, slot, chunk, tokens, num_bytes, flops, source
+      (a task that was cancelled has start_ns = end_ns = -1);
+    - ``steps``: step, phase, tokens, start_ns, end_ns; ``layers``: step, layer and what bounded it;
+    - ``requests``: request_id, ttft_ns, tpot_ns, e2e_ns, output_tokens;
+    - ``transfers``: resource, kind, num_transfers, num_bytes, busy_ns;
+    - ``cache``: layer, accesses, hits, late_hits, misses, cpu_misses, loads, prefetches ...;
+    - ``critical_path``: resource, kind, time_ns (sums to the makespan).
+
+    A table that does not apply is absent. `summary` holds plain numbers and strings.
+    """
+
+    name: str
+    summary: dict[str, Any]
+    tables: dict[str, pd.DataFrame]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> pd.DataFrame:
+        """The task table."""
+        return self.tables["tasks"]
+
+    @property
+    def makespan_ns(self) -> int:
+        """End of the last task minus start of the first."""
+        done = self.tasks[self.tasks["state"] == DONE]
+        return int(done["end_ns"].max() - done["start_ns"].min()) if len(done) else 0
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``*.result/``: summary.json and one Parquet file per table, whole or not at all."""
+        with atomic_folder(path) as folder:
+            write_json(
+                folder / "summary.json",
+                SCHEMA,
+                {"name": self.name, "summary": self.summary, "provenance": self.provenance},
+            )
+            for name, table in self.tables.items():
+                table.to_parquet(folder / f"{name}.parquet", index=False)
+        return Path(path)
+
+
+def read_result(path: str | os.PathLike[str]) -> SimulationResult:
+    """Read a `*.result/` folder; raises InputError for one that is not whole."""
+    from moesim.artifacts import read_json
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{path}: no such result folder")
+    head = read_json(folder / "summary.json", SCHEMA)
+    tables = {
+        name: pd.read_parquet(folder / f"{name}.parquet")
+        for name in TABLES
+        if (folder / f"{name}.parquet").is_file()
+    }
+    if "tasks" not in tables:
+        raise InputError(f"{path}: the table tasks.parquet is missing")
+    return SimulationResult(head["name"], head["summary"], tables, head["provenance"])
+
+
+def task_table(
+    graph: TaskGraph,
+    ready_ns: np.ndarray,
+    start_ns: np.ndarray,
+    end_ns: np.ndarray,
+    priority: np.ndarray,
+    state: np.ndarray,
+) -> pd.DataFrame:
+    """Build the ``tasks`` table from a graph and int64[task] times (every executor ends here)."""
+    resource = np.asarray(graph.resource, dtype=np.int64)
+    parts = [(r.name, r.lane, r.group) for r in graph.resources] + [("", "", "")]
+    names, lanes, groups = (np.array(column, dtype=object)[resource] for column in zip(*parts, strict=True))
+    columns: dict[str, Any] = {
+        "task": np.arange(len(graph), dtype=np.int64),
+        "kind": graph.kind,
+        "resource": names,
+        "lane": lanes,
+        "group": groups,
+        "state": state.astype(np.int8),
+        "priority": priority.astype(np.int64),
+        "ready_ns": ready_ns.astype(np.int64),
+        "start_ns": start_ns.astype(np.int64),
+        "end_ns": end_ns.astype(np.int64),
+        "duration_ns": (end_ns - start_ns).astype(np.int64),
+    }
+    columns |= {name: graph.column(name) for name in LABELS}
+    columns |= {"flops": np.asarray(graph.flops, dtype=np.float64), "source": graph.source}
+    return pd.DataFrame(columns)
+
+
+def summary_json(result: SimulationResult) -> str:
+    """Return the summary as JSON text (for ``--json``)."""
+    return json.dumps(result.summary, indent=1, allow_nan=False)

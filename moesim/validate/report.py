@@ -1,0 +1,106 @@
+"""ValidationReport: predicted against measured, per kind of task and end to end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moesim.artifacts import write_json
+from moesim.simulate.result import DONE
+from moesim.units import s_from_ns
+
+SCHEMA = "moesim.validation/1"
+END_TO_END = "end to end"
+FEW_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """How far a prediction was from the same work run for real.
+
+    Attributes:
+        kinds: frame of kind, num_tasks, predicted_s, measured_s, spread, error: busy seconds per run, the
+            median over repetitions; `spread` is (max - min) / median over repetitions; `error` is
+            (predicted - measured) / measured. The last row is the end-to-end time.
+        runs: frame of repetition, predicted_s, measured_s, error (end to end).
+        notes: what to know, for instance too few repetitions.
+    """
+
+    kinds: pd.DataFrame
+    runs: pd.DataFrame
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def median_error(self) -> float:
+        """The median over repetitions of the absolute end-to-end error."""
+        return float(np.median(np.abs(self.runs["error"])))
+
+    @property
+    def max_error(self) -> float:
+        """The largest absolute end-to-end error of a repetition."""
+        return float(np.max(np.abs(self.runs["error"])))
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``*.validation.json``."""
+        body = {
+            "median_error": self.median_error,
+            "max_error": self.max_error,
+            "notes": list(self.notes),
+            "provenance": self.provenance,
+            "kinds": self.kinds.to_dict(orient="records"),
+            "runs": self.runs.to_dict(orient="records"),
+        }
+        return write_json(path, SCHEMA, body)
+
+
+def busy_seconds(tasks: pd.DataFrame) -> pd.Series:
+    """Return the summed duration of done tasks by kind."""
+    done = tasks[(tasks["state"] == DONE) & (tasks["resource"] != "")]
+    return done.groupby("kind")["duration_ns"].sum().map(s_from_ns)
+
+
+def compare(
+    predicted: list[pd.DataFrame],
+    measured: list[pd.DataFrame],
+    notes: tuple[str, ...] = (),
+    provenance: dict[str, Any] | None = None,
+) -> ValidationReport:
+    """Compare task tables of predictions and real runs, repetition by repetition."""
+    pairs = [(_makespan(p), _makespan(m)) for p, m in zip(predicted, measured, strict=True)]
+    runs = pd.DataFrame(
+        [(place, p, m, (p - m) / m) for place, (p, m) in enumerate(pairs)],
+        columns=["repetition", "predicted_s", "measured_s", "error"],
+    )
+    guess = pd.DataFrame([busy_seconds(table) for table in predicted]).median()
+    real = pd.DataFrame([busy_seconds(table) for table in measured])
+    counts = measured[-1].loc[measured[-1]["state"] == DONE, "kind"].value_counts()
+    rows = [
+        _row(kind, int(counts[kind]), float(guess.get(kind, 0.0)), real[kind].to_numpy())
+        for kind in sorted(real.columns)
+    ]
+    total = [
+        _row(
+            END_TO_END, len(measured[-1]), float(runs["predicted_s"].median()), runs["measured_s"].to_numpy()
+        )
+    ]
+    if len(measured) < FEW_SAMPLES:
+        notes = (*notes, f"only {len(measured)} repetitions: too few for a spread to mean much")
+    columns = ["kind", "num_tasks", "predicted_s", "measured_s", "spread", "error"]
+    return ValidationReport(pd.DataFrame(rows + total, columns=columns), runs, notes, provenance or {})
+
+
+def _makespan(tasks: pd.DataFrame) -> float:
+    done = tasks[tasks["state"] == DONE]
+    return s_from_ns(int(done["end_ns"].max() - done["start_ns"].min()))
+
+
+def _row(kind: str, count: int, predicted: float, measured: np.ndarray) -> tuple[Any, ...]:
+    middle = float(np.median(measured))
+    spread = float((measured.max() - measured.min()) / middle)
+    return kind, count, predicted, middle, spread, (predicted - middle) / middle
