@@ -9,7 +9,7 @@ import typer
 
 from moesim import __version__
 from moesim.cli_catalog import hardware_app, model_app
-from moesim.cli_common import JsonFlag, OneLineErrors, console, emit_json, plain, show_files
+from moesim.cli_common import JsonFlag, OneLineErrors, console, emit_json, output_folder, plain, show_files
 from moesim.cli_measure import calibrate, validate
 from moesim.cli_place import export, place
 from moesim.cli_simulate import simulate
@@ -56,7 +56,7 @@ def run(
     from moesim.scenario.run import run_scenario
 
     loaded = load_scenario(scenario)
-    folder = output or loaded.output_folder
+    folder = output_folder(output, loaded.output_folder)
     if json:
         emit_json(_outcome(loaded.name, run_scenario(loaded, folder, QuietReporter(), only)))
         return

@@ -65,7 +65,8 @@ def _words(error: Exception) -> tuple[str, int]:
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         hint = f" Try '{context.command_path} --help'." if context is not None else ""
-        return error.format_message().rstrip(".") + "." + hint, EXIT_BAD_INPUT  # type: ignore[attr-defined]
+        text = " ".join(str(error.format_message()).split())  # type: ignore[attr-defined]
+        return text + ("" if text.endswith((".", "?")) else ".") + hint, EXIT_BAD_INPUT
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror}", EXIT_BAD_INPUT
@@ -77,6 +78,15 @@ def _fail(text: str, status: int) -> None:
     for line in text.splitlines() or [text]:
         typer.echo(f"error: {line}", err=True)
     raise typer.Exit(status)
+
+
+def output_folder(chosen: Path | None, default: Path) -> Path:
+    """Return the folder to write to; raises InputError, before any work, if a file is in its way."""
+    folder = chosen or default
+    for part in (folder, *folder.parents):
+        if part.is_file():
+            raise InputError(f"--output {folder}: {'' if part == folder else f'{part} '}is a file, not a folder")
+    return folder
 
 
 def emit_json(value: object) -> None:
@@ -162,13 +172,13 @@ def show_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:
 
 
 def show_files(files: Iterable[Path]) -> None:
-    """Name the files that were written, with a line on what each is."""
-    table = new_table("Written", "file", "what it is")
-    for file in files:
-        add_row(table, file, describe_file(file))
+    """Name the files that were written, with a line on what each is; no path is ever broken over lines."""
+    rows = [(str(file), describe_file(file)) for file in files]
+    width = max((len(name) for name, _ in rows), default=0)
     out = console()
-    out.print()
-    out.print(table)
+    out.print("\nWritten:")
+    for name, words in rows:
+        out.print(f"  {name:<{width}}  {words}".rstrip(), soft_wrap=True, markup=False)
 
 
 FILE_WORDS = {

@@ -14,6 +14,7 @@ from moesim.cli_common import (
     console,
     emit_json,
     new_table,
+    output_folder,
     progress_bar,
     show_files,
 )
@@ -106,7 +107,7 @@ def validate(
 
     loaded = load_scenario(scenario)
     name = _validation_study(loaded, study)
-    folder = output or loaded.output_folder
+    folder = output_folder(output, loaded.output_folder)
     if json:
         outcome = run_scenario(loaded, folder, QuietReporter(), name)
         rows = outcome.studies[0].table.to_dict(orient="records")

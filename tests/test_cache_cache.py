@@ -67,16 +67,23 @@ def test_protected_experts_stay() -> None:
 
 
 def test_looking_is_not_touching() -> None:
-    """slot_of, missing and residents leave the order of eviction as it was."""
+    """slot_of and residents leave the order of eviction as it was."""
     cache = lru_cache(2)
     cache.reserve(0, 0, 0)
     cache.reserve(0, 1, 1)
     cache.slot_of(0, 0)
-    assert cache.missing(0, [3, 0, 2]) == [3, 2]
     cache.residents(0)
     reservation = cache.reserve(0, 2, 2)
     assert reservation is not None
     assert reservation.victim_key == 0
+
+
+def test_touch_returns_the_missed_experts() -> None:
+    """Touching makes nothing resident; the absent experts come back in the order given."""
+    cache = lru_cache(2)
+    cache.reserve(1, 0, 0)
+    assert cache.touch(1, [3, 0, 2], 1) == [3, 2]
+    assert cache.residents(1) == [0]
 
 
 def test_numpy_ids_do_not_overflow() -> None:

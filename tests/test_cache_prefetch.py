@@ -13,7 +13,7 @@ from moesim.cache.policy import AccessStream
 from moesim.cache.prefetch import PREFETCHERS, NoPrefetch, PrefetchContext, Prefetcher, make_prefetcher
 from moesim.errors import InputError
 
-LAYERS, EXPERTS, STEPS = 3, 8, 200
+LAYERS, EXPERTS, STEPS = 3, 8, 120
 
 
 def random_stream(seed: int, per_access: int = 3) -> AccessStream:

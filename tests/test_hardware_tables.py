@@ -169,6 +169,13 @@ def test_two_axes():
     assert lookup(table, (9, 1000)) == (11.0, "extrapolated")
 
 
+def test_a_fit_that_overshoots_is_held():
+    """Where the sum of two axes overshoots (the slower one decides), the largest measured time holds."""
+    sizes = ((1, 0), (1, 64), (64, 0), (64, 64))
+    fit = TableFit(MeasuredTable("attention", "gpu", "h", "bf16", ("tokens", "context"), sizes, (1.0, 4.0, 4.0, 4.0)))
+    assert fit.lookup((63, 63)) == (4.0, "interpolated")
+
+
 @pytest.mark.parametrize(
     ("table", "point", "message"),
     [

@@ -24,11 +24,20 @@ COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_atte
 REQUESTS = [(7, [1, 2, 3]), (2, [9]), (5, [4, 4, 60, 8, 1])]
 
 
-def olmoe(**changes):
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models run fastest on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def olmoe():
     """Return a tiny OLMoE with 8 experts of which 2 are used."""
     torch.manual_seed(0)
-    settings = COMMON | {"intermediate_size": 16, "num_experts": 8, "pad_token_id": 0} | changes
-    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**settings)).eval()
+    config = transformers.OlmoeConfig(**COMMON, intermediate_size=16, num_experts=8, pad_token_id=0)
+    return transformers.OlmoeForCausalLM(config).eval()
 
 
 def mixtral():
@@ -79,7 +88,8 @@ def test_phases_positions_and_steps(tmp_path):
     assert trace.token_id is None
     assert trace.request_id.tolist() == [7] * 5 + [2] * 3 + [5] * 7
     assert trace.position.tolist() == [*range(5), *range(3), *range(7)]
-    assert trace.phase.tolist() == [PREFILL] * 3 + [DECODE] * 2 + [PREFILL] + [DECODE] * 2 + [PREFILL] * 5 + [DECODE] * 2
+    assert np.flatnonzero(trace.phase == DECODE).tolist() == [3, 4, 6, 7, 13, 14]
+    assert set(trace.phase.tolist()) == {PREFILL, DECODE}
     assert trace.step.tolist() == [0, 0, 0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 7, 8]
 
 

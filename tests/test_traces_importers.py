@@ -118,7 +118,8 @@ def test_jsonl_routes(tmp_path):
     ([META, route(1, 0, 1, [1]), route(1, 0, 1, [2])], ":3: request 1, token 0, layer 1 is there twice"),
     ([META, route(1, 0, 1, [1]), route(1, 0, 3, [1]), route(1, 1, 1, [1])], "token 1 has no route for layer 3"),
     ([META, route(1, 0, 1, [1]), route(1, 2, 1, [2])], "positions of a request must rise by one"),
-    ([META, route(1, 0, 1, [1, 1])], "names an expert twice"),
+    ([META, route(1, 0, 1, [1, 0]), route(1, 1, 1, [1, 1])], "names an expert twice"),
+    ([META, route(1, 0, 1, [1, 1])], "every layer holds one repeated id"),
 ])
 def test_bad_jsonl_is_located(tmp_path, lines, words):
     """A bad line is named with its file and number; a gap in the routes with its place."""
@@ -167,7 +168,6 @@ BAD = [
 
 
 @pytest.mark.parametrize(("make", "options", "words"), BAD)
-@pytest.mark.filterwarnings("ignore:unclosed file")
 def test_bad_files_and_options_are_named(tmp_path, make, options, words):
     """Wrong content, shape or option gives one error that says what was expected; nothing is unpickled."""
     make(tmp_path / "r.bin")

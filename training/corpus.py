@@ -125,9 +125,7 @@ def documents(
     yield from within_limit(picked if many else rng.sample(picked, len(picked)), limit)
 
 
-def within_limit(
-    picked: list[tuple[str, str, str]], limit: int
-) -> Iterator[tuple[str, str, str]]:
+def within_limit(picked: list[tuple[str, str, str]], limit: int) -> Iterator[tuple[str, str, str]]:
     """The distinct texts of a list until ``limit`` characters are reached."""
     seen: set[str] = set()
     total = 0
@@ -138,9 +136,7 @@ def within_limit(
             yield group, name, text
 
 
-def split(
-    texts: list[tuple[str, str, str]], share: float
-) -> dict[str, list[tuple[str, str, str]]]:
+def split(texts: list[tuple[str, str, str]], share: float) -> dict[str, list[tuple[str, str, str]]]:
     """Whole groups go to the held-out half until it has its share of the text."""
     wanted = share * sum(len(text) for _, _, text in texts)
     heldout: dict[str, int] = {}

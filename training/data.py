@@ -50,6 +50,13 @@ def train_tokenizer(cache: Path, vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
 
 
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer saved in a model folder."""
+    if not (folder / "tokenizer.json").is_file():
+        raise SystemExit(f"no tokenizer in {folder}: run training/train_tiny_moe.py with --out {folder}")
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[list[int]]:
     """Token ids of each document, without special tokens."""
     encodings = tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=False)
@@ -65,9 +72,7 @@ def chunks(tokenizer: PreTrainedTokenizerFast, documents: list[str], length: int
     return np.array(stream[: count * length], dtype=np.int32).reshape(count, length)
 
 
-def domain_chunks(
-    cache: Path, half: str, tokenizer: PreTrainedTokenizerFast, length: int
-) -> dict[str, np.ndarray]:
+def domain_chunks(cache: Path, half: str, tokenizer: PreTrainedTokenizerFast, length: int) -> dict[str, np.ndarray]:
     """Chunks of every domain of one half that has at least one."""
     tables = {d: chunks(tokenizer, texts(cache, half, d), length) for d in domains(cache, half)}
     return {domain: table for domain, table in tables.items() if len(table)}

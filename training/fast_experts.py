@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 
@@ -23,7 +23,8 @@ class GroupedLinear(torch.autograd.Function):
         """Multiply each run of rows by its expert's matrix, without padding."""
         out = x.new_empty(x.shape[0], weight.shape[1])
         matrices = weight.transpose(1, 2).unbind()
-        for rows, matrix, target in zip(x.split(counts), matrices, out.split(counts)):
+        pieces = zip(x.split(counts), matrices, out.split(counts), strict=True)
+        for rows, matrix, target in pieces:
             torch.mm(rows, matrix, out=target)
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
@@ -35,10 +36,12 @@ class GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad, sizes = grads[0].contiguous(), ctx.counts
         grad_x, grad_w = torch.empty_like(x), torch.empty_like(weight)
-        for rows, matrix, target in zip(grad.split(sizes), weight.unbind(), grad_x.split(sizes)):
+        pieces = zip(grad.split(sizes), weight.unbind(), grad_x.split(sizes), strict=True)
+        for rows, matrix, target in pieces:
             torch.mm(rows, matrix, out=target)
         turned = grad.t().split(sizes, dim=1)
-        for columns, rows, target in zip(turned, x.split(sizes), grad_w.unbind()):
+        pieces = zip(turned, x.split(sizes), grad_w.unbind(), strict=True)
+        for columns, rows, target in pieces:
             torch.mm(columns, rows, out=target)
         return grad_x, grad_w, None
 
@@ -89,9 +92,7 @@ def sum_choices(rows: Tensor, order: Tensor, tokens: int) -> Tensor:
     return rows.index_select(0, inverse).view(tokens, -1, rows.shape[-1]).sum(dim=1)
 
 
-def sorted_loop_experts(
-    module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def sorted_loop_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Expert forward as one small matmul per expert over sorted rows (CPU)."""
     order, counts = sort_by_expert(top_k_index, module.num_experts)
     sizes = counts.tolist()
@@ -103,9 +104,7 @@ def sorted_loop_experts(
     return Combine.apply(out, order, hidden.shape[0])
 
 
-def padded_bmm_experts(
-    module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def padded_bmm_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Expert forward as two batched matmuls over rows padded per expert (GPU)."""
     order, counts = sort_by_expert(top_k_index, module.num_experts)
     slots = padded_slots(counts)

@@ -28,9 +28,7 @@ def launch(workers: int, function: Callable[..., None], *arguments: Any) -> None
         mp.spawn(_enter, (workers, meeting, function, arguments), nprocs=workers)
 
 
-def _enter(
-    rank: int, workers: int, meeting: str, function: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
+def _enter(rank: int, workers: int, meeting: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """Join the group of workers, do the work, leave."""
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
     try:

@@ -41,10 +41,7 @@ def read_sword(path: Path) -> str:
     """A SWORD zText module: zlib blocks listed in the ``.bzs`` file beside it."""
     data = path.read_bytes()
     index = path.with_suffix(".bzs").read_bytes()
-    blocks = [
-        zlib.decompress(data[start : start + size])
-        for start, size, _ in struct.iter_unpack("<III", index)
-    ]
+    blocks = [zlib.decompress(data[start : start + size]) for start, size, _ in struct.iter_unpack("<III", index)]
     text = b"\n".join(blocks).decode("utf-8", errors="replace")
     return re.sub(r"\n\s*\n+", "\n", re.sub(r"<note.*?</note>|<[^>]*>", " ", text))
 

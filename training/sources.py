@@ -59,7 +59,7 @@ SOURCES: tuple[Source, ...] = (
     Source("json", "deb", ("iso-codes",), ("usr/share/iso-codes/json/*.json",),
            "LGPL-2.1-or-later"),
     Source("unicode_tables", "deb", ("unicode-data",), ("usr/share/unicode/**/*.txt",),
-           "Unicode-DFS"),
+           "Unicode-DFS-2016"),
     Source("man_de", "deb", ("manpages-de",), ("usr/share/man/de/man*/*.gz",),
            MAN_LICENCE, "roff"),
     Source("man_fr", "deb", ("manpages-fr",), ("usr/share/man/fr/man*/*.gz",),

@@ -20,11 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, OlmoeForCausalLM, PreTrainedTokenizerFast
-
 from corpus import DEFAULT_CACHE
-from data import MixedBatches, domain_chunks, train_tokenizer
+from data import MixedBatches, domain_chunks, load_tokenizer, train_tokenizer
 from fast_experts import register_fast_experts
 from parallel import clip, flat_gradients, launch, mean_over_workers
 from tiny_model import (
@@ -36,6 +33,8 @@ from tiny_model import (
     build_model,
     imbalance,
 )
+from torch import Tensor
+from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
 EXTRA = LAYERS * EXPERTS + 2
 WARMUP = 0.04
@@ -101,7 +100,7 @@ def build_optimizer(model: OlmoeForCausalLM, decay: float) -> torch.optim.Optimi
 def get_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast:
     """The tokenizer saved in the output folder, or a newly trained one."""
     if (args.out / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(args.out)
+        return load_tokenizer(args.out)
     print("training the tokenizer", flush=True)
     tokenizer = train_tokenizer(args.cache, args.vocab)
     tokenizer.save_pretrained(args.out)
@@ -252,7 +251,9 @@ def prepare(args: argparse.Namespace) -> Run:
     """Model, optimizer and gradient buffer as the arguments ask."""
     device = pick_device(args.device)
     config = build_config(args.vocab, args.hidden, args.width, eos_id=0)
-    model = build_model(config, args.seed).to(device).train()
+    model = build_model(config, args.seed)
+    torch.nn.Module.to(model, device)
+    model.train()
     model.set_experts_implementation(pick_experts(args.experts, device))
     load = torch.full((LAYERS, EXPERTS), 1 / EXPERTS, device=device)
     optimizer = build_optimizer(model, args.decay)
@@ -265,6 +266,7 @@ def prepare(args: argparse.Namespace) -> Run:
 def work(rank: int, batches: MixedBatches, args: argparse.Namespace) -> None:
     """What one worker does; worker 0 writes the results."""
     torch.set_num_threads(max(1, args.threads // args.workers))
+    torch.set_flush_denormal(True)
     keep_freed_memory()
     register_fast_experts()
     run = prepare(args)

@@ -44,9 +44,9 @@ class ExpertCache:
     """Slots that hold experts, in one pool per layer or (`shared`) in one pool for all layers.
 
     A key is ``layer * num_experts + expert``; slots are numbered through all pools, layer after layer. `now`
-    is the index of the access in progress and never falls. One access goes: `slot_of` each of its experts,
-    then `touch` all of them (once, hits and misses alike), then `reserve` the missed ones with the access's
-    keys protected. A prefetch is a `reserve` without a `touch`, at the `now` of the access in progress.
+    is the index of the access in progress and never falls. One access goes: `touch` all its experts (once, hits
+    and misses alike; it returns the missed ones), then `reserve` the missed ones with the access's keys
+    protected. A prefetch is a `reserve` without a `touch`, at the `now` of the access in progress.
 
     Args:
         num_layers, num_experts: the MoE layers, and the experts of each.
@@ -109,17 +109,16 @@ class ExpertCache:
         self.key_of(layer, 0)
         return len(self._free[0 if self.shared else layer])
 
-    def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
-        """Return those of `experts` that are absent, in the order given."""
-        first, slot = self.key_of(layer, 0), self._slot
-        return [key - first for key in self.keys_of(layer, experts) if slot[key] == ABSENT]
+    def touch(self, layer: int, experts: Iterable[int], now: int) -> list[int]:
+        """Tell the policy that access `now` uses these distinct experts of `layer`, resident or not.
 
-    def touch(self, layer: int, experts: Iterable[int], now: int) -> None:
-        """Tell the policy that access `now` uses these distinct experts of `layer`, resident or not."""
+        Returns the absent ones, in the order given.
+        """
         self._advance(now)
-        note_use = self.policy.touch
-        for key in self.keys_of(layer, experts):
+        keys, note_use, slot = self.keys_of(layer, experts), self.policy.touch, self._slot
+        for key in keys:
             note_use(key, now)
+        return [key % self.num_experts for key in keys if slot[key] == ABSENT]
 
     def reserve(self, layer: int, expert: int, now: int,
                 protected: Collection[int] = ()) -> Reservation | None:

@@ -133,8 +133,7 @@ class _Replay:
 def _set_access(run: _Replay, layer: int, experts: list[int], now: int) -> None:
     """Test all, then insert."""
     cache, first = run.cache, layer * run.cache.num_experts
-    missed = cache.missing(layer, experts)
-    cache.touch(layer, experts, now)
+    missed = cache.touch(layer, experts, now)
     if missed:
         keep = () if run.current_evictable else (first + expert for expert in experts)
         run.load(layer, missed, now, frozenset(keep))
@@ -146,10 +145,9 @@ def _sequential_access(run: _Replay, layer: int, experts: list[int], now: int) -
     """Test and insert one by one."""
     cache, first = run.cache, layer * run.cache.num_experts
     for expert in experts:
-        missed = cache.slot_of(layer, expert) == ABSENT
-        cache.touch(layer, (expert,), now)
+        missed = cache.touch(layer, (expert,), now)
         if missed:
-            run.load(layer, [expert], now, frozenset())
+            run.load(layer, missed, now, frozenset())
         run.seen[first + expert] = 1
 
 

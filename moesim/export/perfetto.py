@@ -165,8 +165,9 @@ def _events(result: SimulationResult, prefix: str, shift_ns: int, ids: _Ids) -> 
 
 def _records(slices: pd.DataFrame) -> Iterable[dict[str, Any]]:
     """Rows as plain Python values."""
-    columns = [slices[column].tolist() for column in slices.columns]
-    return (dict(zip(slices.columns, row, strict=True)) for row in zip(*columns, strict=True))
+    names = slices.columns.tolist()
+    columns = [slices[name].tolist() for name in names]
+    return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
 def _process(pid: int, name: str) -> list[Event]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import networkx as nx
-
 from moesim.errors import InputError, did_you_mean
 
 DEVICE_KINDS = ("gpu", "cpu", "soc", "npu")
@@ -204,6 +202,8 @@ class HardwareSpec:
         Raises:
             InputError: no such memory, or no route.
         """
+        import networkx as nx
+
         for name in (source, target):
             self._check_end("route", name)
         graph = nx.MultiGraph()

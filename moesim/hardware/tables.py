@@ -21,7 +21,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from moesim.errors import InputError
 from moesim.hardware.profile import MeasuredTable
@@ -103,11 +102,15 @@ def _isotonic(seconds: Floats, below: npt.NDArray[np.bool_]) -> Floats:
 
 
 def _relative_fit(ramps: Floats, seconds: Floats) -> Floats:
+    from scipy.optimize import nnls
+
     return np.asarray(nnls(ramps / seconds[:, None], np.ones(len(seconds)))[0])
 
 
 def _absolute_slopes(sizes: Floats, seconds: Floats) -> Floats:
     """Return one non-negative slope per axis; columns are scaled to 1 so that the fit is well conditioned."""
+    from scipy.optimize import nnls
+
     scale = np.maximum(sizes.max(axis=0), 1.0)
     varies = np.ptp(sizes, axis=0) > 0
     columns = np.concatenate([np.ones((len(sizes), 1)), np.where(varies, sizes / scale, 0.0)], axis=1)

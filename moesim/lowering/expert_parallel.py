@@ -289,33 +289,29 @@ class ExpertParallelProgram:
         deps: list[int],
         stayed: int,
     ) -> list[int]:
-        """One task per transfer on its wire, after the latency; stages of one message follow each other."""
-        last: dict[tuple[int, int], int] = {}
-        tasks = [self.graph.add("barrier", -1, 0, deps, step=step.index, layer=layer, tokens=stayed)]
+        """One task per transfer on its wire, and one for its latency, which keeps no wire busy."""
+        arrived: list[int] = []
         for transfer in all_to_all_transfers(self.cost.hardware, traffic):
-            pair = (transfer.source, transfer.target)
-            if pair not in last:
-                last[pair] = self._add(
-                    "latency",
-                    self._index["network.latency"],
-                    Cost(transfer.alpha_s, "nameplate"),
-                    deps,
-                    step,
-                    layer,
-                )
-            first_stage = self.graph.kind[last[pair]] == "latency"
-            last[pair] = self._add(
+            relayed = transfer.after >= 0
+            before = [arrived[transfer.after]] if relayed else deps
+            tokens = 0 if relayed else round(transfer.num_bytes / token_bytes)
+            wire = self._add(
                 kind,
                 self._index[transfer.wire],
                 Cost(transfer.seconds, "nameplate"),
-                [last[pair]],
+                before,
                 step,
                 layer,
                 rank=transfer.source,
-                tokens=round(transfer.num_bytes / token_bytes) if first_stage else 0,
+                tokens=tokens,
                 num_bytes=round(transfer.num_bytes),
             )
-        return [*tasks, *last.values()]
+            if transfer.latency_s:
+                latency = Cost(transfer.latency_s, "nameplate")
+                wire = self._add("latency", self._index["network.latency"], latency, [wire], step, layer)
+            arrived.append(wire)
+        stay = self.graph.add("barrier", -1, 0, deps, step=step.index, layer=layer, tokens=stayed)
+        return [stay, *arrived]
 
     def _add(
         self, kind: str, resource: int, cost: Cost, deps: list[int], step: Step, layer: int, **labels: float

@@ -325,7 +325,7 @@ class OffloadProgram:
         assert self.prefetcher is not None
         layer = at.layer + 1
         predicted = self.prefetcher.predict(at.layer, wanted, at.counts[wanted], at.now)
-        protected = {self._key(layer, e) for e in predicted}
+        protected = {self._key(layer, e) for e in predicted} | {self._key(at.layer, e) for e in wanted.tolist()}
         for expert in predicted:
             key = self._key(layer, expert)
             if self.cache.slot_of(layer, expert) >= 0:

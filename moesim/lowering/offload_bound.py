@@ -19,11 +19,11 @@ from moesim.traces.trace import RoutingTrace
 
 @dataclass(frozen=True)
 class OffloadBound:
-    """A proven lower bound on the time to the end of the last step, in seconds, and its two sides."""
+    """A proven lower bound on the time to the end of the last step, in seconds, and two of its sides."""
 
     total_s: float
     compute_s: float
-    misses_s: float
+    link_s: float
     misses: int
 
 
@@ -40,25 +40,26 @@ def offload_bound(
     shared: bool,
     cpu_helps: bool,
 ) -> OffloadBound:
-    """Return the larger of two times that nothing can undercut.
+    """Return a time that no eviction, admission or prefetch policy with these slots can undercut.
 
-    Compute: the device runs attention, routers, heads, and every expert (if the CPU may compute misses: none of those
-    that must miss). Misses: at least `fewest_misses` experts are absent when needed; each crosses the slowest link of the route,
-    or, if `cpu_helps`, is computed by the CPU; at best both sides work all the time.
+    At least `fewest_misses` experts are absent when needed. Say the CPU computes c of all experts (0 unless `cpu_helps`).
+    Then the device runs attention, routers, heads and all but c experts; the others of the absent ones cross the
+    slowest link of the route; the CPU runs c. The bound is the largest of the three, for the most favourable c.
     """
-    misses = int(
-        fewest_misses(stream, model.num_experts, slots_per_layer, preload=preload, shared=shared).sum()
-    )
+    misses = int(fewest_misses(stream, model.num_experts, slots_per_layer, preload=preload, shared=shared).sum())
     fixed = sum(_fixed_s(model, trace, step, machine, cost) for step in steps)
-    experts = np.sort(_expert_seconds(model, trace, steps, machine.device, cost))[::-1]
-    on_device = experts[misses:] if cpu_helps else experts
+    experts = np.sort(_expert_seconds(model, trace, steps, machine.device, cost))
     load_s = max(cost.copy(link.name, model.expert_bytes).seconds - link.latency_s for link in machine.route)
-    misses_s = misses * load_s
+    on_cpu = np.arange(len(experts) + 1 if cpu_helps else 1)
+    device_s = fixed + np.concatenate([[0.0], np.cumsum(experts)])[len(experts) - on_cpu]
+    link_s = np.maximum(misses - on_cpu, 0) * load_s
+    cpu_s = np.zeros(1)
     if cpu_helps:
-        cpu_s = float(_expert_seconds(model, trace, steps, machine.cpu, cost).min())
-        misses_s = misses / (1.0 / load_s + 1.0 / cpu_s)
-    compute_s = fixed + float(on_device.sum())
-    return OffloadBound(max(compute_s, misses_s), compute_s, misses_s, misses)
+        on_host = np.sort(_expert_seconds(model, trace, steps, machine.cpu, cost))
+        cpu_s = np.concatenate([[0.0], np.cumsum(on_host)])
+    best = int(np.argmin(np.maximum(np.maximum(device_s, link_s), cpu_s)))
+    total = float(np.maximum(np.maximum(device_s, link_s), cpu_s)[best])
+    return OffloadBound(total, float(device_s[best]), float(link_s[best]), misses)
 
 
 def _fixed_s(

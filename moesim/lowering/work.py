@@ -6,6 +6,7 @@ cached key and value is read once per query). Shapes name the rows of a calibrat
 
 from __future__ import annotations
 
+from moesim.calibrate.shapes import attention_shape, expert_shape, router_shape
 from moesim.hardware.work import DenseWork, GroupedWork
 from moesim.model.spec import ModelSpec
 
@@ -13,19 +14,6 @@ from moesim.model.spec import ModelSpec
 def compute_dtype(model: ModelSpec) -> str:
     """Return the dtype in which kernels compute: that of the activations."""
     return {1.0: "fp8", 2.0: "bf16", 4.0: "fp32"}.get(model.activation_bytes, "bf16")
-
-
-def attention_shape(model: ModelSpec) -> str:
-    """Return the calibration shape of one layer's attention."""
-    a = model.attention
-    return f"h{model.hidden_size}.heads{a.num_heads}.kv{a.num_kv_heads}.d{a.head_dim}.{a.kind}"
-
-
-def expert_shape(model: ModelSpec) -> str:
-    """Return the calibration shape of one routed expert."""
-    return (
-        f"h{model.hidden_size}.ff{model.expert_intermediate_size}.m{model.matrices}.w{model.weight_bytes:g}"
-    )
 
 
 def attention_work(model: ModelSpec, tokens: int, context: int) -> DenseWork:
@@ -50,7 +38,7 @@ def _matrix_work(model: ModelSpec, op: str, shape: str, tokens: int, params: int
 def router_work(model: ModelSpec, tokens: int) -> DenseWork:
     """The router of one layer."""
     return _matrix_work(
-        model, "router", f"h{model.hidden_size}.e{model.num_experts}", tokens, model.router_params
+        model, "router", router_shape(model), tokens, model.router_params
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from ortools.graph.python import min_cost_flow
 
 from moesim.errors import InputError, SolverError, unknown
 from moesim.placement.metrics import rank_load
@@ -121,6 +120,8 @@ def _b_matching(counts: np.ndarray, capacity: int, perfect: bool) -> float:
     no cost.
     Counts that are not whole are scaled and rounded up, so that the value stays an upper bound.
     """
+    from ortools.graph.python import min_cost_flow
+
     size = len(counts)
     top = float(counts.max())
     if top <= 0:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_BARS, MAX_LANES, MAX_SLICES = 12, 24, 400
+MAX_BARS, MAX_LANES, MAX_SLICES = 12, 24, 600
 OFFLOAD_PANELS = (("tokens_per_s", "tokens per second", format_count), ("hit_rate", "hit rate", tick_percent),
                   ("htod_bytes_per_token", "HtoD bytes per token", format_bytes))
 
@@ -82,8 +82,7 @@ def expert_parallel_figure(study: StudyResult) -> Figure:
     hues = sorted(set(extra))
     figure, axes = panels(3, 1.0 + 0.28 * len(labels) * max(1.6, len(hues)), sharey=True)
     height = 0.8 / len(hues)
-    offset = np.array([(hues.index(e) - (len(hues) - 1) / 2) * height for e in extra])
-    at = np.array([labels.index(str(name)) for name in table["placement"]]) + offset
+    at = _places(labels, table["placement"].astype(str).tolist(), extra.tolist(), height)
     colors = [PALETTE[hues.index(e) % len(PALETTE)] for e in extra]
     bars(axes[0], at, column(table, "step_time_s"), height, colors, format_seconds)
     bound_marks(axes[0], at, column(table, "step_time_bound_s"), height)
@@ -120,8 +119,9 @@ def offload_figure(study: StudyResult) -> Figure:
             _offload_lines(axis, part, key, styles)
             axis.set_title(f"{heading}, on a miss: {miss}" if len(misses) > 1 else heading, fontsize=9.5)
             value_axis(axis.yaxis, text)
-            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.25)
+    for axis in axes:
+        axis.set_ylim(bottom=0)
     _slot_axis(axes.ravel()[-3:], sorted(set(table["slots_per_layer"])))
     legend(figure, _offload_legend(*styles))
     return figure
@@ -211,12 +211,22 @@ def gantt_figure(result: SimulationResult, *, num_steps: int = 1, max_slices: in
     return figure
 
 
+def _places(labels: list[str], names: list[str], hues: list[float], height: float) -> np.ndarray:
+    """float64[row]: where each bar is, the bars of one label side by side around its place, by hue."""
+    order = sorted(range(len(names)), key=lambda row: (labels.index(names[row]), hues[row]))
+    at = np.zeros(len(names))
+    for place, label in enumerate(labels):
+        rows = [row for row in order if names[row] == label]
+        at[rows] = place + height * (np.arange(len(rows)) - (len(rows) - 1) / 2)
+    return at
+
+
 def _offload_lines(axis: Axes, table: pd.DataFrame, key: str, styles: list[dict[str, str]]) -> None:
     """One line per policy and prefetcher."""
     policies, dashes = styles
     for (policy, prefetch), rows in table.groupby(["policy", "prefetch"], sort=False):
         axis.plot(rows["slots_per_layer"], column(rows, key), color=policies[policy],
-                  linestyle=dashes[prefetch], marker="o", markersize=4, linewidth=1.5)
+                  linestyle=dashes[prefetch], marker="o", markersize=4, linewidth=1.5, clip_on=False)
 
 
 def _offload_legend(policies: dict[str, str], dashes: dict[str, str]) -> list[tuple[Any, str]]:
@@ -254,19 +264,24 @@ def _kinds(kinds: Any) -> list[str]:
 
 
 def _critical_shares(result: SimulationResult) -> list[tuple[str, str, float]]:
-    """(label, kind, share) of the critical path, largest first; the small ones together as ``other``."""
+    """(label, kind, share) of the critical path by kind of task, largest first; small ones as ``other``."""
     path = result.tables.get("critical_path")
     if path is None or path.empty:
         return []
     total = int(path["time_ns"].sum())
-    columns = (path["resource"], path["kind"], path["time_ns"].tolist())
-    rows = [(kind if resource in ("", kind) else f"{resource}  {kind}", kind, time_ns / total)
-            for resource, kind, time_ns in zip(*columns, strict=True)]
-    rows.sort(key=lambda row: (-row[2], natural_key(row[0])))
+    rows = [(_kind_label(str(kind), sorted(set(part["resource"]) - {"", kind})), str(kind),
+             int(part["time_ns"].sum()) / total) for kind, part in path.groupby("kind")]
+    rows.sort(key=lambda row: (-row[2], row[1]))
     if len(rows) > MAX_BARS:
         rest = sum(share for *_, share in rows[MAX_BARS - 1:])
         rows = [*rows[:MAX_BARS - 1], ("other", "other", rest)]
     return rows
+
+
+def _kind_label(kind: str, resources: list[str]) -> str:
+    """``load (pcie0)``, ``experts (8 resources)``, ``wait``."""
+    where = resources[0] if len(resources) == 1 else f"{len(resources)} resources"
+    return f"{kind} ({where})" if resources else kind
 
 
 def _busy_shares(slices: pd.DataFrame) -> list[tuple[str, str, float]]:

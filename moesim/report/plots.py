@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BLUE, ORANGE, GREEN, RED, SKY, PINK, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8A8F98")
+BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442")
+GREY, LIGHT_GREY = "#8A8F98", "#B9BFC7"
 PALETTE = (BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY)
 # Related kinds share a colour: computation on the device, on the host, exchange, loading.
 KIND_COLORS = {
-    "attention": SKY, "router": GREY, "dense": SKY, "shared_expert": PINK, "head": GREY, "experts": BLUE,
+    "attention": SKY, "router": GREY, "dense": SKY, "shared_expert": PINK, "head": YELLOW, "experts": BLUE,
     "expert": BLUE, "cpu_expert": GREEN, "dispatch": ORANGE, "combine": RED, "send": ORANGE, "receive": RED,
-    "load": ORANGE, "prefetch": RED, "admit": PINK, "wait": GREY, "other": GREY}
+    "load": ORANGE, "prefetch": RED, "admit": PINK, "wait": LIGHT_GREY,
+    "other": LIGHT_GREY}
 WIDTH_IN, DPI = 10.0, 144
 INK, PAPER = {False: "#1F2328", True: "#D7DCE2"}, {False: "#FFFFFF", True: "#16191D"}
 INK_GID = "ink"
@@ -37,10 +39,15 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def png_bytes(figure: Figure, *, dark: bool = False) -> bytes:
-    """Render a figure for a light or a dark page; the same figure gives the same bytes."""
+    """Render a figure for a light or a dark page; the same figure gives the same bytes.
+
+    The layout is found once and kept: found again from where it was left, it would move by a pixel.
+    """
     _recolour(figure, INK[dark], PAPER[dark])
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor=PAPER[dark], metadata={"Software": None})
+    figure.savefig(buffer, format="png", facecolor=PAPER[dark], metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -55,7 +62,7 @@ def panels(num: int, height_in: float, *, rows: int = 1, sharex: bool = False,
     """Return a figure and its panels, Axes[row * num], without the frame's upper and right lines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
     grid = figure.subplots(rows, num, sharex=sharex, sharey=sharey, width_ratios=widths, squeeze=False)
     axes = grid.ravel()
     for axis in axes:

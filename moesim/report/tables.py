@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,15 @@ _FRACTIONS = ("fraction", "gap", "rate", "share", "error", "spread", "percent", 
 class Column:
     """How one column of a study is shown. `better` is ``low``, ``high``, ``zero`` (nearest) or nothing.
 
-    A column that is `wide` is left out of the text table (110 columns) but is in the report's.
+    A column that is `wide` is left out of the text table (110 columns) but is in the report's. One that is
+    `quiet` becomes a line below the text table where it says the same in every row.
     """
 
     key: str
     heading: str
     better: str = ""
     wide: bool = False
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("tokens_per_s_bound", "bound", wide=True), Column("bound_by", "limited by"),
         Column("objective_gap", "solver\ngap", "low")),
     "offload": (
-        Column("policy", "policy"), Column("prefetch", "prefetch"), Column("miss", "on a miss"),
-        Column("slots_per_layer", "slots/\nlayer"), Column("resident_fraction", "resi-\ndent"),
+        Column("policy", "policy"), Column("prefetch", "prefetch"), Column("miss", "on a\nmiss"),
+        Column("requests_at_once", "at\nonce", quiet=True),
+        Column("slots_per_layer", "slots/\nlayer"), Column("resident_fraction", "resident", wide=True),
         Column("hit_rate", "hit\nrate", "high"), Column("htod_bytes_per_token", "HtoD per\ntoken", "low"),
         Column("stall_fraction", "stalled", "low"), Column("tpot_s", "time per\ntoken", "low"),
         Column("tpot_bound_s", "bound"), Column("tpot_gap", "gap", "low"),
@@ -147,11 +151,24 @@ def study_cells(study: StudyResult, *, all_columns: bool = False) -> tuple[list[
     check_study(study)
     known = COLUMNS[study.kind]
     names = {column.key for column in known}
-    extra = [Column(key, key.replace("_", " ")) for key in study.table.columns if key not in names]
-    filled = [column for column in (*known, *extra) if (all_columns or not column.wide)
-              and column.key in study.table.columns and study.table[column.key].notna().any()]
+    extra = [Column(key, key.replace("_", " "), quiet=True) for key in study.table.columns if key not in names]
+    filled = [column for column in (*known, *extra) if column.key in study.table.columns
+              and study.table[column.key].notna().any()
+              and (all_columns or not (column.wide or _is_quiet(column, study)))]
     by_column = [_cells(column, study.table[column.key].tolist()) for column in filled]
     return filled, [list(row) for row in zip(*by_column, strict=True)]
+
+
+def _is_quiet(column: Column, study: StudyResult) -> bool:
+    values = study.table[column.key]
+    return column.quiet and len(values) > 1 and values.nunique(dropna=False) == 1
+
+
+def _quiet_notes(study: StudyResult) -> list[str]:
+    """``requests at once: 1`` for each column that is left out because it never changes."""
+    every, _ = study_cells(study, all_columns=True)
+    return [f"{column.key.replace('_', ' ')}: {format_value(column.key, study.table[column.key].iloc[0])}"
+            for column in every if _is_quiet(column, study)]
 
 
 def _cells(column: Column, values: list[object]) -> list[Cell]:
@@ -183,11 +200,12 @@ def study_table(study: StudyResult) -> Table:
     for index, column in enumerate(columns):
         numeric = all(row[index].numeric for row in rows)
         table.add_column(Text(column.heading), justify="right" if numeric else "left", overflow="fold",
-                         vertical="top")
+                         no_wrap=numeric)
     for row in rows:
         table.add_row(*(_styled(cell) for cell in row))
     marked = any(cell.best for row in rows for cell in row)
-    table.caption = Text("\n".join([*([BEST_NOTE] if marked else []), *study.notes]))
+    notes = [*([BEST_NOTE] if marked else []), *_quiet_notes(study), *study.notes]
+    table.caption = Text("\n".join(notes))
     return table
 
 
@@ -208,12 +226,16 @@ def _plain_table(title: str) -> Table:
 
 
 def study_text(study: StudyResult) -> str:
-    """Return `study_table` as plain text, no line over 110 columns.
+    """Return `study_table` as plain text, no line over 110 columns; the notes use that width too.
 
     Raises:
         InputError: see `check_study`.
     """
-    return render(study_table(study))
+    table = study_table(study)
+    title, notes = str(table.title), str(table.caption)
+    table.title = table.caption = None
+    lines = [line for note in notes.splitlines() for line in textwrap.wrap(note, WIDTH)]
+    return "\n".join([*textwrap.wrap(title, WIDTH), render(table).rstrip("\n"), *lines]) + "\n"
 
 
 def render(table: Table) -> str:
@@ -331,9 +353,9 @@ def _headline_offload(study: StudyResult, row: pd.Series) -> str:
     if (hit_rate := number(row.get("hit_rate"))) is not None:
         text += f" Its hit rate is {format_percent(hit_rate)}."
     oracles = study.table[_knows_future(study.table)]
-    if 0 < len(oracles) < len(study.table):
-        most = format_count(float(_extreme(study, oracles, "tokens_per_s", "high")["tokens_per_s"]))
-        text += f" With knowledge of the future it would be {most}."
+    most = pd.to_numeric(oracles["tokens_per_s"], errors="coerce").max()
+    if most > float(row["tokens_per_s"]):
+        text += f" With knowledge of the future it would be {format_count(most)}."
     return text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moesim.cache.cache import ExpertCache
+from moesim.cache.policies.static import popular_keys
 from moesim.cache.policy import AccessStream, PolicyContext, access_stream, make_policy
 from moesim.cache.prefetch import PrefetchContext, Prefetcher, make_prefetcher
 from moesim.errors import InputError
@@ -29,8 +30,8 @@ from moesim.traces.trace import RoutingTrace
 from moesim.units import format_bytes, s_from_ns
 
 BOUND_NOTE = (
-    "Bound: no eviction, admission or prefetch policy with these slots can be faster under the same costs: either every expert on "
-    "the device, or the fewest possible misses (offline optimum with bypass) over the link (and the CPU, where it helps)."
+    "Bound: no eviction, admission or prefetch policy with these slots can be faster under the same costs: the fewest possible "
+    "misses (offline optimum with bypass), shared between link and CPU at best, and the device's own work."
 )
 FORESIGHT_NOTE = "belady and oracle know the future: they are references, not policies to deploy."
 
@@ -66,16 +67,10 @@ class Offload:
         return transition_counts(self.train).astype(np.float64)
 
     def preloaded(self, slots_per_layer: int) -> list[int]:
-        """Return the keys that fill the slots before the run: each layer's most popular experts."""
+        """Return the keys that fill the slots before the run: the most popular experts of each layer, or of all."""
         if self.preload == "none":
             return []
-        count = min(slots_per_layer, self.model.num_experts)
-        order = np.argsort(-self.popularity, axis=1, kind="stable")[:, :count]
-        return [
-            layer * self.model.num_experts + expert
-            for layer, row in enumerate(order.tolist())
-            for expert in row
-        ]
+        return popular_keys(self.popularity, min(slots_per_layer, self.model.num_experts), shared=self.shared)
 
     def program(self, point: Point, cost: CostModel) -> OffloadProgram:
         """Build the program of one point with a cache of its own."""
@@ -205,6 +200,7 @@ class OffloadSetup:
         machine, model, study = self.offload.machine, self.inputs.model, self.study
         link = min(machine.route, key=lambda part: part.bytes_per_s)
         most = int(machine.free_bytes(model, 0) // model.expert_bytes) // model.num_moe_layers
+        most = min(most, model.num_experts)
         return (
             f"{model.name} on {self.hardware.name}: experts of {format_bytes(model.expert_bytes)} in {machine.slow_memory}, over "
             f"{link.name} at {format_bytes(link.bytes_per_s)}/s; {len(self.offload.steps)} steps, {study.workload.batch_size} at once; "

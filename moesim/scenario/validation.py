@@ -80,6 +80,8 @@ def run_validation(
     inputs: Inputs, study: ValidationStudy, progress: Progress | None = None
 ) -> ValidatedStudy:
     """Predict and run for real; raises MissingDependencyError without torch."""
+    tell = progress or (lambda *_: None)
+    tell("filling the expert pool", 0, 1)
     device = torch_device(study.device)
     model = small_model(study.model, inputs.trace)
     train, test = split_requests(
@@ -105,6 +107,7 @@ def run_validation(
         chunk_bytes=tuple(offload.program(study.point, CostModel(machine.hardware)).transfers.chunk_bytes),
         with_cpu=study.miss != "load",
     )
+    tell("filling the expert pool", 1, 1)
     rounds = max(8, round(study.calibration_seconds / (study.repeats + 2) / ROUND_SECONDS))
     run = validate_offload(case, repeats=study.repeats, probe_rounds=rounds, seed=seed, progress=progress)
     provenance = inputs.provenance | {"study": study.name, "device": device}

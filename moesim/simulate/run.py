@@ -139,10 +139,7 @@ def summarise(tables: dict[str, pd.DataFrame], warmup_steps: int) -> dict[str, A
         totals = tables["cache"].drop(columns="layer").sum()
         summary["cache"] = {key: int(value) for key, value in totals.items()}
         summary["hit_rate"] = float(totals["hits"] / max(1, totals["accesses"]))
-        loads = tables["transfers"]
-        summary["htod_bytes"] = int(
-            loads.loc[loads["kind"].isin(("load", "prefetch", "admit")), "num_bytes"].sum()
-        )
+        summary["htod_bytes"] = _htod_bytes(tables["transfers"])
     return summary
 
 

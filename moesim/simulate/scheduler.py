@@ -65,8 +65,11 @@ class Scheduler:
 
     def cancel(self, task: int) -> None:
         """Withdraw a task that has not started and that no live task waits for."""
+        self._register_new()
         if self.is_started(task):
             raise CheckError(f"task {task} cannot be cancelled: it has started")
+        if self._phase[task] == _CANCELLED:
+            raise CheckError(f"task {task} cannot be cancelled: it has been already")
         live = [child for child in self._children[task] if self._phase[child] != _CANCELLED]
         if live:
             raise CheckError(f"task {task} cannot be cancelled: tasks {live} wait for it")
@@ -75,6 +78,7 @@ class Scheduler:
 
     def set_priority(self, task: int, priority: int) -> None:
         """Change the priority of a task that has not started."""
+        self._register_new()
         if self.is_started(task):
             raise CheckError(f"task {task} has started; its priority is fixed")
         self._priority[task] = priority
@@ -85,14 +89,18 @@ class Scheduler:
         """Let the program decide for as long as the task it awaits is done; take over what it adds."""
         while self._resume:
             self._resume = False
-            self._awaited = next(self._program, None)
             first = len(self._phase)
-            for task in range(first, len(self.graph)):
-                self._register(task)
+            self._awaited = next(self._program, None)
+            self._register_new()
             for task in range(first, len(self.graph)):
                 if self._unmet[task] == 0 and self._phase[task] == _WAITING:
                     self._settle([task])
             self._resume = self._awaited is not None and self.is_done(self._awaited)
+
+    def _register_new(self) -> None:
+        """Take over what the program has added (in its turn, too: it may cancel what it has just added)."""
+        for task in range(len(self._phase), len(self.graph)):
+            self._register(task)
 
     def _register(self, task: int) -> None:
         unmet = [dep for dep in set(self.graph.deps[task]) if self._phase[dep] != _DONE]

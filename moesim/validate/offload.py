@@ -19,7 +19,8 @@ from moesim.model.spec import ModelSpec
 from moesim.simulate.simpy_executor import run_simpy
 from moesim.traces.steps import Step
 from moesim.traces.trace import RoutingTrace
-from moesim.validate.probe import NullWorld, ProbePlan, Samples, measured_tables, overhead_tables, probe
+from moesim.validate.overhead import NullWorld, overhead_tables
+from moesim.validate.probe import ProbePlan, Samples, measured_tables, probe
 from moesim.validate.report import ValidationReport, compare
 from moesim.validate.torch_executor import run_torch
 from moesim.validate.world import OffloadWorld

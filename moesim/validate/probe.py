@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from moesim.calibrate.shapes import attention_shape, expert_shape, router_shape
 from moesim.hardware.profile import MeasuredTable
 from moesim.lowering.graph import ExecutorView, TaskGraph
 from moesim.lowering.machine import OffloadMachine
-from moesim.lowering.work import attention_shape, compute_dtype, expert_shape, head_work, router_work
+from moesim.lowering.work import compute_dtype, head_work
 from moesim.model.spec import ModelSpec
 from moesim.units import s_from_ns
 from moesim.validate.torch_executor import World, run_torch
@@ -177,7 +177,7 @@ def measured_tables(
         experts["cpu_expert"] = ("grouped_ffn", "cpu", expert_shape(model), ("tokens",))
     shapes = experts | {
         "attention": ("attention", device_kind, attention_shape(model), ("tokens", "context")),
-        "router": ("router", device_kind, router_work(model, 1).shape, ("tokens",)),
+        "router": ("router", device_kind, router_shape(model), ("tokens",)),
         "head": ("head", device_kind, head_work(model, 1).shape, ("tokens",)),
         "copy": ("copy", link_kind, COPY_SHAPE, ("bytes",)),
     }
@@ -212,58 +212,3 @@ def _table(
     return MeasuredTable(
         op, device, shape, dtype, axes, sizes, medians, spreads, tuple(len(values) for _, values in rows)
     )
-
-
-class NullWorld:
-    """Executes nothing: a run in it takes the executor's own time only."""
-
-    def run(self, graph: TaskGraph, task: int) -> Any:
-        """Do nothing."""
-
-
-def overhead_tables(graph: TaskGraph, tasks: pd.DataFrame) -> tuple[MeasuredTable, ...]:
-    """Return the fixed time of a task by kind, from a run in `NullWorld` (its kernels take nothing).
-
-    A task's overhead is its own duration there plus the gap between what it waited for and its start. The gap after a
-    router includes the program's decision; it is charged to the router, and to no task that it released.
-    """
-    start, end = tasks["start_ns"].to_numpy(), tasks["end_ns"].to_numpy()
-    kinds = tasks["kind"].to_numpy()
-    before: dict[int, int] = {}
-    released: dict[int, int] = {}
-    gaps: dict[str, list[float]] = defaultdict(list)
-    order = np.argsort(start, kind="stable")
-    ready = {}
-    for task in order.tolist():
-        if kinds[task] == "barrier" or start[task] < 0:
-            continue
-        deps = graph.deps[task]
-        free = max((int(end[dep]) for dep in deps), default=0)
-        router = next((dep for dep in deps if kinds[dep] == "router"), None)
-        resource = graph.resource[task]
-        if router is not None and free == end[router] and before.get(resource, 0) <= free:
-            released.setdefault(router, int(start[task]))
-            free = released[router]
-        ready[task] = max(free, before.get(resource, 0))
-        gaps[kinds[task]].append(s_from_ns(max(0, int(end[task]) - ready[task])))
-        before[resource] = int(end[task])
-    for router, first in released.items():
-        gaps["decision"].append(s_from_ns(max(0, first - int(end[router]))))
-    decision = float(np.median(gaps.pop("decision", [0.0])))
-    tables = []
-    for kind, values in sorted(gaps.items()):
-        seconds = float(np.median(values)) + (decision if kind == "router" else 0.0)
-        tables.append(
-            MeasuredTable(
-                "task_overhead",
-                "cpu",
-                kind,
-                "",
-                ("tasks",),
-                ((1.0,),),
-                (max(seconds, 1e-9),),
-                (0.0,),
-                (len(values),),
-            )
-        )
-    return tuple(tables)

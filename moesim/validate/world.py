@@ -52,9 +52,7 @@ class OffloadWorld:
         shape = (model.num_moe_layers * model.num_experts, model.expert_bytes)
         pinned = config.device == "cuda"
         self.pool = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        values = self.pool.view(self._dtype)
-        for row in values:  # row by row: no second copy of the pool
-            row.copy_(torch.randn(row.shape, generator=generator) / model.hidden_size**0.5)
+        self._fill(generator)
         self.slots = torch.zeros(
             (num_slots + STAGING_SLOTS, model.expert_bytes), dtype=torch.uint8, device=config.device
         )
@@ -69,6 +67,15 @@ class OffloadWorld:
         base, extra = divmod(model.expert_bytes, config.chunks)
         sizes = [base + (place < extra) for place in range(config.chunks)]
         self._cuts = [sum(sizes[:place]) for place in range(config.chunks + 1)]
+
+    def _fill(self, generator: Any) -> None:
+        """Write every expert: one random expert, scaled differently for each, so that no two are equal."""
+        import torch
+
+        rows = self.pool.view(self._dtype)
+        base = torch.randn(rows.shape[1], generator=generator) / self.model.hidden_size**0.5
+        for place, row in enumerate(rows):
+            row.copy_(base * (0.5 + place / len(rows)))
 
     def _random(self, generator: Any, *shape: int) -> Any:
         import torch

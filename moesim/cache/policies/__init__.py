@@ -55,8 +55,8 @@ class RankedPolicy(BasePolicy):
     """Evicts the candidate of the lowest rank; a child gives `worth`, and amortised O(log slots) follows.
 
     The rank is ``worth * num_keys + key``: candidates of equal worth leave in the order of their keys, and a
-    rank says whose it is. Each pool has a heap, in which old ranks stay until they come up or until the heap
-    is rebuilt.
+    rank says whose it is. Each pool has a heap that holds, for each resident, its rank or a lower old one; an
+    old one is corrected when it comes up, so that a use which raises the rank costs no heap operation.
     """
 
     def worth(self, key: int, now: int) -> int:
@@ -75,17 +75,16 @@ class RankedPolicy(BasePolicy):
 
     def touch(self, key: int, now: int) -> None:
         """Rank `key` anew."""
-        self._rank[key] = rank = self.worth(key, now) * self.num_keys + key
-        if self._resident[key]:
-            heap = self._heaps[key // self._pool_keys]
-            if len(heap) >= self._heap_limit:
-                self._rebuild(heap)
-            heapq.heappush(heap, rank)
+        rank = self.worth(key, now) * self.num_keys + key
+        fell, self._rank[key] = rank < self._rank[key], rank
+        if fell and self._resident[key]:
+            self._push(key, rank)
 
     def insert(self, key: int, now: int) -> None:
         """Rank `key` and let it compete."""
         self._resident[key] = True
-        RankedPolicy.touch(self, key, now)
+        self._rank[key] = rank = self.worth(key, now) * self.num_keys + key
+        self._push(key, rank)
 
     def evict(self, key: int) -> None:
         """Forget that `key` was resident; its ranks in the heap are void."""
@@ -96,19 +95,24 @@ class RankedPolicy(BasePolicy):
         heap = self._heaps[next(iter(candidates)) // self._pool_keys]
         protected = []
         while True:
-            rank = heap[0]
-            key = rank % self.num_keys
-            valid = self._rank[key] == rank and self._resident[key]
-            if valid and key in candidates:
+            key = heap[0] % self.num_keys
+            rank = self._rank[key]
+            if not self._resident[key] or rank < heap[0]:
+                heapq.heappop(heap)
+            elif rank > heap[0]:
+                heapq.heapreplace(heap, rank)
+            elif key in candidates:
                 break
-            heapq.heappop(heap)
-            if valid:
-                protected.append(rank)
+            else:
+                protected.append(heapq.heappop(heap))
         for rank in protected:
             heapq.heappush(heap, rank)
         return key
 
-    def _rebuild(self, heap: list[int]) -> None:
-        keys = {rank % self.num_keys for rank in heap}
-        heap[:] = [self._rank[key] for key in keys if self._resident[key]]
-        heapq.heapify(heap)
+    def _push(self, key: int, rank: int) -> None:
+        heap = self._heaps[key // self._pool_keys]
+        heapq.heappush(heap, rank)
+        if len(heap) > self._heap_limit:
+            keys = {old % self.num_keys for old in heap}
+            heap[:] = [self._rank[each] for each in keys if self._resident[each]]
+            heapq.heapify(heap)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from moesim.errors import InputError
 from moesim.placement.bounds import affinity_bound, counted_transitions
@@ -156,6 +155,8 @@ class _Search:
 
     def assign(self, gain: np.ndarray) -> np.ndarray:
         """Return int64[expert], ranks of the largest total gain float64[expert, rank] within the capacity."""
+        from scipy.optimize import linear_sum_assignment
+
         _, place = linear_sum_assignment(np.repeat(gain, self.capacity, axis=1), maximize=True)
         return place // self.capacity
 
