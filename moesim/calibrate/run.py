@@ -81,8 +81,8 @@ def _measure(cases: list[Case], timer: Timer, seconds: float, seed: int, tell: P
             if spent > seconds and passes > MIN_PASSES:
                 break
             if spent > 2 * seconds and passes <= 1:
-                raise InputError(f"calibrate: {seconds:.0f} s are too few: one pass over {len(cases)} cases had done "
-                                 f"{done} after {spent:.0f} s; give more seconds or a smaller model")
+                raise InputError(f"calibrate: {seconds:g} s are too few: one pass over {len(cases)} cases had done "
+                                 f"{done} after {spent:.3g} s; give more seconds or a smaller model")
         passes += 1
     tell("calibrating", seconds, seconds)
     return {place: values[1:] for place, values in samples.items()}

@@ -41,3 +41,12 @@ def context_sums(positions: np.ndarray, home: np.ndarray, num_ranks: int) -> np.
 def head_rows(step: Step) -> int:
     """Rows that need the output embedding: one per request of the step."""
     return len(np.unique(step.requests))
+
+
+def last_rows(step: Step) -> np.ndarray:
+    """int64[request]: the last row of each request of the step (its next token is wanted).
+
+    By the step's own requests: a copy of a request shares its trace rows, not its id.
+    """
+    last = dict(zip(step.requests.tolist(), step.rows.tolist(), strict=True))
+    return np.fromiter(last.values(), np.int64, len(last))

@@ -6,17 +6,19 @@ a bug (a test looks for one), and the gap says how much a better plan or policy 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from moesim.hardware.cost import CostModel
-from moesim.lowering.batch import context_sums, expert_counts, home_ranks
-from moesim.lowering.expert_parallel import _last_rows
+from moesim.hardware.spec import Fabric
+from moesim.hardware.work import DenseWork
+from moesim.lowering.batch import context_sums, expert_counts, home_ranks, last_rows
 from moesim.lowering.work import attention_work, dense_work, experts_work, head_work, router_work
 from moesim.model.spec import ModelSpec
 from moesim.traces.steps import Step
-from moesim.traces.trace import RoutingTrace
+from moesim.traces.trace import PAD, RoutingTrace
 from moesim.units import ns_from_s
 
 
@@ -33,63 +35,77 @@ class StepBound:
 class ExpertParallelBound:
     """Lower bound over all plans with `slots_per_rank` slots, replicas included.
 
-    Per layer: the slowest rank's attention and router (they do not depend on the plan), then the experts of the
-    busiest rank. Some rank has at least the mean number of rows, and some rank reads at least
-    ``ceil(distinct / ranks)`` experts; a rank's kernel costs at least the cheaper way to hold that many. Tokens whose k
-    experts cannot fit on one rank must travel: ``ceil(k / slots_per_rank) - 1`` ranks each, at best over perfectly even ports.
+    Attention, router, dense layers and head do not depend on the plan; ranks meet at the dispatch of each MoE
+    layer, and between two meetings the slowest rank's own sum counts. Then the experts of the busiest rank: some
+    rank has at least the mean number of rows, and some rank reads at least ``ceil(distinct / ranks)`` experts; a
+    rank's kernel costs at least the cheaper way to hold that many. A token whose n experts cannot fit on one rank must
+    travel to ``ceil(n / slots_per_rank) - 1`` others, at best over perfectly even wires of all fabrics at once.
     """
 
-    def __init__(self, model: ModelSpec, trace: RoutingTrace, cost: CostModel, slots_per_rank: int) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        trace: RoutingTrace,
+        cost: CostModel,
+        slots_per_rank: int,
+        dispatch_bytes: float | None = None,
+    ) -> None:
         self.model, self.trace, self.cost, self.slots = model, trace, cost, slots_per_rank
+        self.dispatch_bytes = model.activation_bytes if dispatch_bytes is None else dispatch_bytes
         self.num_ranks = cost.hardware.num_ranks
         self.home = home_ranks(trace, self.num_ranks)
         self._expert_cache: dict[tuple[int, int], int] = {}
 
     def step(self, step: Step) -> StepBound:
         """Return the bound of one step."""
-        rows, home = step.rows, self.home[step.rows]
-        tokens = np.bincount(home, minlength=self.num_ranks)
-        context = context_sums(self.trace.position[rows], home, self.num_ranks)
-        attention = self._slowest(
-            "attention", lambda r: attention_work(self.model, int(tokens[r]), int(context[r])), tokens
-        )
-        router = self._slowest("router", lambda r: router_work(self.model, int(tokens[r])), tokens)
-        dense = (
-            self._slowest("dense", lambda r: dense_work(self.model, int(tokens[r])), tokens)
-            if self.model.num_dense_layers
-            else 0
-        )
-        heads = np.bincount(self.home[_last_rows(self.trace, rows)], minlength=self.num_ranks)
-        head = self._slowest("head", lambda r: head_work(self.model, int(heads[r])), heads)
-        fixed = self.model.num_layers * max(attention, 0) + self.model.num_dense_layers * dense + head
-        fixed += self.model.num_moe_layers * self._router_beside(router, tokens, context)
-        experts = sum(
-            self._experts(self.trace.expert_ids[rows, layer]) for layer in range(self.model.num_moe_layers)
-        )
-        traffic = self.model.num_moe_layers * self._traffic(len(rows))
+        layers = np.moveaxis(self.trace.expert_ids[step.rows], 1, 0)
+        fixed = self._fixed(step)
+        experts = sum(self._experts(ids) for ids in layers)
+        traffic = sum(self._traffic(ids) for ids in layers)
         return StepBound(fixed + experts + traffic, fixed, experts, traffic)
 
-    def _router_beside(self, router: int, tokens: np.ndarray, context: np.ndarray) -> int:
-        """The router of the rank whose attention is slowest (the dispatch waits for both)."""
-        slowest = max(
-            np.flatnonzero(tokens).tolist(),
-            key=lambda r: self._dense_ns(
-                "attention", r, attention_work(self.model, int(tokens[r]), int(context[r]))
-            ),
+    def _fixed(self, step: Step) -> int:
+        """Everything but experts and traffic, from one meeting of the ranks to the next."""
+        model, home = self.model, self.home[step.rows]
+        tokens = np.bincount(home, minlength=self.num_ranks)
+        context = context_sums(self.trace.position[step.rows], home, self.num_ranks)
+        heads = np.bincount(self.home[last_rows(step)], minlength=self.num_ranks)
+        attention = self._by_rank(
+            "attention", tokens, lambda r: attention_work(model, int(tokens[r]), int(context[r]))
         )
-        return min(router, self._dense_ns("router", slowest, router_work(self.model, int(tokens[slowest]))))
+        router, dense, head = (
+            self._by_rank(kind, rows, lambda r, work=work, rows=rows: work(model, int(rows[r])))
+            for kind, work, rows in (
+                ("router", router_work, tokens),
+                ("dense", dense_work, tokens),
+                ("head", head_work, heads),
+            )
+        )
+        total, since = 0, np.zeros_like(attention)
+        for layer in range(model.num_layers):
+            since = since + attention
+            if layer in model.moe_layers:
+                total, since = total + int((since + router).max()), np.zeros_like(since)
+            else:
+                since = since + dense
+        return total + int((since + head).max())
 
-    def _dense_ns(self, kind: str, rank: int, work) -> int:
-        seconds = self.cost.dense(self.cost.hardware.ranks[rank], work).seconds
-        return ns_from_s(seconds + self.cost.task_overhead(kind).seconds)
-
-    def _slowest(self, kind: str, work_of, tokens: np.ndarray) -> int:
-        return max(
-            (self._dense_ns(kind, rank, work_of(rank)) for rank in np.flatnonzero(tokens).tolist()), default=0
+    def _by_rank(self, kind: str, tokens: np.ndarray, work_of: Callable[[int], DenseWork]) -> np.ndarray:
+        """int64[rank with tokens]: the time of one dense task on each."""
+        overhead = self.cost.task_overhead(kind).seconds
+        ranks = self.cost.hardware.ranks
+        return np.array(
+            [
+                ns_from_s(self.cost.dense(ranks[rank], work_of(rank)).seconds + overhead)
+                for rank in np.flatnonzero(tokens).tolist()
+            ],
+            dtype=np.int64,
         )
 
     def _experts(self, expert_ids: np.ndarray) -> int:
         counts = expert_counts(expert_ids, self.model.num_experts)
+        if not counts.any():
+            return 0
         rows = -(-int(counts.sum()) // self.num_ranks)
         distinct = -(-int(np.count_nonzero(counts)) // self.num_ranks)
         if (rows, distinct) not in self._expert_cache:
@@ -102,11 +118,18 @@ class ExpertParallelBound:
         seconds = min(self.cost.grouped_ffn(name, work).seconds for name in set(self.cost.hardware.ranks[:1]))
         return ns_from_s(seconds + self.cost.task_overhead("experts").seconds)
 
-    def _traffic(self, tokens: int) -> int:
-        """Both all-to-alls at their best: forced copies only, spread evenly over the fastest fabric."""
-        forced = tokens * (-(-self.model.top_k // self.slots) - 1)
-        if forced <= 0 or self.num_ranks == 1:
+    def _traffic(self, expert_ids: np.ndarray) -> int:
+        """Both all-to-alls of a layer at their best: forced copies only, spread evenly over all wires."""
+        experts = np.count_nonzero(expert_ids != PAD, axis=1)
+        forced = int(np.maximum(-(-experts // self.slots) - 1, 0).sum())
+        if not forced or self.num_ranks == 1:
             return 0
-        fastest = max(fabric.bytes_per_s for fabric in self.cost.hardware.fabrics)
-        seconds = forced * self.model.hidden_size / self.num_ranks / fastest
-        return ns_from_s(seconds * 1) + ns_from_s(seconds * self.model.activation_bytes)
+        rate = sum(fabric.bytes_per_s * self._wires(fabric) for fabric in self.cost.hardware.fabrics)
+        values = forced * self.model.hidden_size / self.num_ranks / rate
+        return ns_from_s(values * self.dispatch_bytes) + ns_from_s(values * self.model.activation_bytes)
+
+    def _wires(self, fabric: Fabric) -> int:
+        """The most wires of a fabric on which one rank can send at once."""
+        hardware = self.cost.hardware
+        peers = hardware.ranks_per_node - 1 if fabric.scope == "node" else hardware.num_ranks - hardware.ranks_per_node
+        return min(peers, 1) if fabric.contention != "pair" else peers

@@ -17,7 +17,7 @@ from moesim.errors import InputError
 from moesim.hardware.collective import all_to_all_transfers
 from moesim.hardware.cost import CostModel
 from moesim.hardware.work import Cost, DenseWork
-from moesim.lowering.batch import StepRecord, context_sums, home_ranks
+from moesim.lowering.batch import StepRecord, context_sums, home_ranks, last_rows
 from moesim.lowering.graph import ExecutorView, Resource, TaskGraph
 from moesim.lowering.work import attention_work, dense_work, experts_work, head_work, router_work, shared_work
 from moesim.model.spec import ModelSpec
@@ -147,7 +147,7 @@ class ExpertParallelProgram:
                         "dense", step, -1, tokens, attention, lambda r: dense_work(self.model, int(tokens[r]))
                     )
                 )
-        heads = np.bincount(self.home[_last_rows(self.trace, rows)], minlength=self.plan.num_ranks)
+        heads = np.bincount(self.home[last_rows(step)], minlength=self.plan.num_ranks)
         head = self._on_ranks("head", step, -1, heads, done, lambda r: head_work(self.model, int(heads[r])))
         return self.graph.barrier(head or done, step=step.index)
 
@@ -182,7 +182,7 @@ class ExpertParallelProgram:
         )
         experts = self._experts(step, layer, traffic, dispatched)
         back = self._all_to_all(
-            "combine", step, layer, traffic.sent.T, width * self.model.activation_bytes, experts
+            "combine", step, layer, traffic.sent.T, width * self.model.activation_bytes, experts or dispatched
         )
         return self.graph.barrier([*back, *shared], step=step.index, layer=layer)
 
@@ -327,9 +327,3 @@ class ExpertParallelProgram:
             layer=layer,
             **labels,
         )  # type: ignore[arg-type]
-
-
-def _last_rows(trace: RoutingTrace, rows: np.ndarray) -> np.ndarray:
-    """The rows whose next token is wanted: the last row of each request in the step."""
-    last = {request: row for row, request in zip(rows.tolist(), trace.request_id[rows].tolist(), strict=True)}
-    return np.fromiter(last.values(), np.int64, len(last))

@@ -89,6 +89,14 @@ class ExpertParallelSetup:
             num_groups=model.num_groups,
         )
 
+    def check(self) -> None:
+        """Raise the error of any plan of the study that cannot work, before the first is simulated."""
+        for choice in self.study.placement.plans:
+            if choice.plan is not None:
+                self.program(read_plan(choice.plan))
+            else:
+                self.problem(self.train, choice.redundant_experts)
+
     def make_plan(self, choice: PlanChoice) -> PlacementPlan:
         """Solve for a plan, or read it."""
         if choice.plan is not None:
@@ -125,7 +133,8 @@ class ExpertParallelSetup:
 
     def bound_s(self, slots_per_rank: int) -> float:
         """Return the lower bound on the mean step time of any plan with these slots."""
-        bound = ExpertParallelBound(self.inputs.model, self.test, self.cost, slots_per_rank)
+        width = self.study.system.dispatch_bytes
+        bound = ExpertParallelBound(self.inputs.model, self.test, self.cost, slots_per_rank, width)
         steps = self.steps[self.study.workload.warmup_steps :]
         return s_from_ns(sum(bound.step(step).total_ns for step in steps)) / len(steps)
 
@@ -184,6 +193,7 @@ class ExpertParallelSetup:
 
     def points(self) -> Iterator[PlannedPoint]:
         """Yield every plan of the study in order."""
+        self.check()
         for choice in self.study.placement.plans:
             yield self.point(choice)
 

@@ -214,7 +214,9 @@ class OffloadSetup:
         )
 
     def points(self) -> Iterator[OffloadPoint]:
-        """Yield every point of the study in order."""
+        """Yield every point of the study in order; a point that cannot work is an error before the first is run."""
+        for point in self.study.expand():
+            self.offload.program(point, self.cost)
         for point in self.study.expand():
             yield self.point(point)
 

@@ -96,12 +96,17 @@ class RichReporter:
             self._bars.advance(self._tasks[study_name])
 
     def study_done(self, study: StudyResult) -> None:
-        """Print the study's table."""
-        from moesim.report.tables import study_table
+        """Print the study's table; where the terminal is narrower than it, as lines that the terminal wraps."""
+        from rich.text import Text
+
+        from moesim.report.tables import WIDTH, study_table, study_text
 
         self._stop()
         self.out.print()
-        self.out.print(study_table(study))
+        if self.out.width < WIDTH:
+            self.out.print(Text(study_text(study)), soft_wrap=True)
+        else:
+            self.out.print(study_table(study))
 
     def message(self, text: str) -> None:
         """Print a sentence."""

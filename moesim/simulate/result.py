@@ -76,13 +76,23 @@ def read_result(path: str | os.PathLike[str]) -> SimulationResult:
         raise InputError(f"{path}: no such result folder")
     head = read_json(folder / "summary.json", SCHEMA)
     tables = {
-        name: pd.read_parquet(folder / f"{name}.parquet")
+        name: _read_table(folder / f"{name}.parquet")
         for name in TABLES
         if (folder / f"{name}.parquet").is_file()
     }
     if "tasks" not in tables:
         raise InputError(f"{path}: the table tasks.parquet is missing")
-    return SimulationResult(head["name"], head["summary"], tables, head["provenance"])
+    try:
+        return SimulationResult(head["name"], head["summary"], tables, head["provenance"])
+    except KeyError as error:
+        raise InputError(f"{path}: summary.json has no {error}") from None
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise InputError(f"{path}: not a Parquet table: {error}") from None
 
 
 def task_table(

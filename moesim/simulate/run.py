@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from moesim.errors import InputError
 from moesim.lowering.batch import StepRecord
 from moesim.lowering.graph import Program
 from moesim.simulate.critical_path import critical_path
@@ -39,7 +40,12 @@ def simulate(
     Args:
         warmup_steps: steps left out of the summary's rates (they stay in the tables).
         executor: maps a program to its ``tasks`` table; SimPy by default, torch for a real run.
+
+    Raises:
+        InputError: a warm-up that leaves no step.
     """
+    if warmup_steps >= len(program.steps):
+        raise InputError(f"warmup_steps {warmup_steps} leaves none of the {len(program.steps)} steps")
     tasks = executor(program)
     steps = step_table(program, tasks)
     tables = {

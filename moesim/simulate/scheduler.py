@@ -40,17 +40,11 @@ class Scheduler:
         self._program = program.decisions(self)
         self._awaited: int | None = None
         self._resume = True
-        self._num_live = 0
 
     @property
     def now_ns(self) -> int:
         """The current time."""
         return self._clock()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the program will add nothing more and no task is left."""
-        return self._awaited is None and not self._resume and self._num_live == 0
 
     def _live(self) -> list[int]:
         return [task for task, phase in enumerate(self._phase) if phase not in (_DONE, _CANCELLED)]
@@ -74,7 +68,6 @@ class Scheduler:
         if live:
             raise CheckError(f"task {task} cannot be cancelled: tasks {live} wait for it")
         self._phase[task] = _CANCELLED
-        self._num_live -= 1
 
     def set_priority(self, task: int, priority: int) -> None:
         """Change the priority of a task that has not started."""
@@ -107,7 +100,6 @@ class Scheduler:
         for dep in unmet:
             self._children[dep].append(task)
         self._phase.append(_WAITING)
-        self._num_live += 1
         self._unmet.append(len(unmet))
         self._children.append([])
         self._priority.append(self.graph.priority[task])
@@ -116,23 +108,26 @@ class Scheduler:
 
     def pop(self, resource: int) -> int | None:
         """Dispatch the front of a resource's queue: its start is now. None if nothing is ready."""
-        queue = self._queues[resource]
-        while queue:
-            priority, _, task = heapq.heappop(queue)
-            if self._phase[task] == _READY and self._priority[task] == priority:
-                self._phase[task] = _RUNNING
-                self._start[task] = self.now_ns
-                return task
-        return None
+        if not self.has_ready(resource):
+            return None
+        _, _, task = heapq.heappop(self._queues[resource])
+        self._phase[task] = _RUNNING
+        self._start[task] = self.now_ns
+        return task
 
     def has_ready(self, resource: int) -> bool:
-        """Whether a resource's queue has entries (some may be stale)."""
-        return bool(self._queues[resource])
+        """Whether a task could be dispatched; drops stale entries from the front of the queue."""
+        queue = self._queues[resource]
+        while queue:
+            priority, _, task = queue[0]
+            if self._phase[task] == _READY and self._priority[task] == priority:
+                return True
+            heapq.heappop(queue)
+        return False
 
     def complete(self, task: int) -> None:
         """A running task ends now; whatever waited only for it becomes ready (barriers complete at once)."""
         self._phase[task] = _DONE
-        self._num_live -= 1
         self._end[task] = self.now_ns
         self._resume = self._resume or task == self._awaited
         woken = []

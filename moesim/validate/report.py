@@ -25,8 +25,9 @@ class ValidationReport:
 
     Attributes:
         kinds: frame of kind, num_tasks, predicted_s, measured_s, spread, error: busy seconds per run, the
-            median over repetitions; `spread` is (max - min) / median over repetitions; `error` is
-            (predicted - measured) / measured. The last row is the end-to-end time.
+            median over the repetitions in which it ran (num_tasks: in the last one); `spread` is
+            (max - min) / median over these; `error` is (predicted - measured) / measured. The last row is the
+            end-to-end time.
         runs: frame of repetition, predicted_s, measured_s, error (end to end).
         notes: what to know, for instance too few repetitions.
     """
@@ -81,7 +82,7 @@ def compare(
     real = pd.DataFrame([busy_seconds(table) for table in measured])
     counts = measured[-1].loc[measured[-1]["state"] == DONE, "kind"].value_counts()
     rows = [
-        _row(kind, int(counts[kind]), float(guess.get(kind, 0.0)), real[kind].to_numpy())
+        _row(kind, int(counts.get(kind, 0)), float(guess.get(kind, 0.0)), real[kind].dropna().to_numpy())
         for kind in sorted(real.columns)
     ]
     total = [

@@ -26,7 +26,8 @@ class World(Protocol):
 class TorchExecutor:
     """Runs one program once, in real time.
 
-    Raises (from `run`): the first error of any task, after all threads have stopped.
+    Raises (from `run`): the first error of any task or decision, after all threads have stopped; CheckError for
+    tasks that can never run.
     """
 
     def __init__(self, program: Program, world: World, *, device: str = "cpu") -> None:
@@ -50,8 +51,11 @@ class TorchExecutor:
             for thread in threads:
                 thread.start()
             self._origin = time.perf_counter_ns()
-            self._scheduler.advance()
-            self._notify(-1)
+            try:
+                self._go_on(-1)
+            except BaseException as error:
+                self._error = error
+                self._stop()
         for thread in threads:
             thread.join()
         if self._error is not None:
@@ -105,9 +109,13 @@ class TorchExecutor:
     def _end(self, resource: int, task: int) -> None:
         self._running -= 1
         self._scheduler.complete(task)
+        self._go_on(resource)
+
+    def _go_on(self, resource: int) -> None:
+        """Let the program decide, wake who has work; the run is over when nothing runs and nothing can."""
         self._scheduler.advance()
         self._notify(resource)
-        if self._running == 0 and self._scheduler.finished:
+        if self._running == 0 and not any(self._scheduler.has_ready(place) for place in range(len(self._wake))):
             self._stop()
 
     def _notify(self, resource: int) -> None:
