@@ -38,7 +38,7 @@ def test_an_expert_is_three_linear_layers_and_a_gate() -> None:
     """Against torch.nn.Linear and torch.nn.SiLU with the same weights."""
     generator = torch.Generator().manual_seed(0)
     rows, blob = torch.randn(5, 16, generator=generator), torch.randn(3 * 16 * 24, generator=generator)
-    gate, up, down = torch.nn.Linear(16, 24, bias=False), torch.nn.Linear(16, 24, bias=False), torch.nn.Linear(24, 16, bias=False)
+    gate, up, down = (torch.nn.Linear(*shape, bias=False) for shape in ((16, 24), (16, 24), (24, 16)))
     with torch.no_grad():
         for layer, part in zip((gate, up, down), blob.split(16 * 24), strict=True):
             layer.weight.copy_(part.view_as(layer.weight))

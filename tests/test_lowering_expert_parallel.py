@@ -51,7 +51,8 @@ def tiny_model(num_experts: int = 8, top_k: int = 2, moe_layers: tuple[int, ...]
 
 
 @cache
-def skewed(num_layers: int = 2, num_experts: int = 8, top_k: int = 2, seed: int = 0, requests: int = 10) -> RoutingTrace:
+def skewed(num_layers: int = 2, num_experts: int = 8, top_k: int = 2, seed: int = 0,
+           requests: int = 10) -> RoutingTrace:
     """Synthetic routing of a few requests."""
     return synthetic_trace(80, num_layers, num_experts, top_k, requests, zipf=1.2, seed=seed)
 
@@ -218,7 +219,8 @@ def experts_ns(rows: int, groups: int) -> int:
 def test_a_step_of_one_request_is_the_sum_of_its_parts(phase: int, collective: str) -> None:
     """Attention, router, dispatch of 128 bytes per row, experts, combine, head; one row or a prompt of three."""
     trace, steps = one_request([[1]] * 3, phase)
-    program, tasks = lower(trace, contiguous(trace, 2), cluster(2, 2, contention="egress"), steps, collective=collective)
+    hardware = cluster(2, 2, contention="egress")
+    program, tasks = lower(trace, contiguous(trace, 2), hardware, steps, collective=collective)
     expected = 0
     for step in steps:
         rows, context = len(step.rows), int(np.sum(trace.position[step.rows] + 1))
@@ -252,7 +254,8 @@ def test_a_layer_whose_rows_are_all_padding_still_waits_for_its_router() -> None
     program, tasks = lower(trace, contiguous(trace, 2), cluster(2, 2), steps)
     assert elapsed_ns(program, tasks) == tasks["duration_ns"].sum()
     assert set(tasks["kind"]) == {"attention", "router", "head", "barrier"}
-    assert ExpertParallelBound(program.model, trace, program.cost, 1).step(steps[0]).total_ns == elapsed_ns(program, tasks)
+    bound = ExpertParallelBound(program.model, trace, program.cost, 1).step(steps[0])
+    assert bound.total_ns == elapsed_ns(program, tasks)
 
 
 def test_shared_experts_run_beside_the_dispatch_and_dense_layers_send_nothing() -> None:
@@ -365,7 +368,7 @@ def forced(hardware: HardwareSpec, experts: list[list[int]], **options: object) 
 
 @pytest.mark.parametrize(("dispatch_bytes", "traffic"), [(None, 128 + 128), (1.0, 64 + 128), (0.5, 32 + 128)])
 def test_forced_traffic_is_bounded_by_hand(dispatch_bytes: float | None, traffic: int) -> None:
-    """Two experts per token and one slot per rank: one row per token travels, out in the dispatch's width, back in bf16."""
+    """Two experts per token and one slot per rank: one row per token travels, back in bf16."""
     hardware = cluster(2, 2, latency_s=0.0)
     found, total, elapsed = forced(hardware, [[0, 1], [1, 0]], dispatch_bytes=dispatch_bytes)
     assert (found, total) == (traffic, elapsed)
@@ -379,7 +382,7 @@ def test_wires_of_every_pair_share_the_forced_traffic() -> None:
 
 
 def test_two_fabrics_carry_forced_traffic_at_once() -> None:
-    """Four rows inside the node for one to the other node, whose fabric has a quarter of the rate: both end together."""
+    """Four rows inside the node for one to the other node, whose fabric has a quarter of the rate."""
     experts = [[rank, (rank ^ 1) if turn < 4 else (rank + 2) % 4] for turn in range(5) for rank in range(4)]
     _, total, elapsed = forced(cluster(4, 2, latency_s=0.0, rate=1e7), experts)
     assert total == elapsed

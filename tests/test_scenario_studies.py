@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moesim.artifacts import write_text
 from moesim.errors import InputError
 from moesim.placement.plan import read_plan
 from moesim.scenario.expert_parallel import ExpertParallelSetup
@@ -18,7 +19,7 @@ from moesim.scenario.load import load_scenario
 from moesim.scenario.offload import OffloadSetup
 from moesim.scenario.reporter import QuietReporter
 from moesim.scenario.run import RunOutcome, run_scenario
-from moesim.scenario.schema import Point
+from moesim.scenario.schema import ExpertParallelStudy, Point
 from moesim.simulate.result import DONE, read_result
 from moesim.simulate.study import read_study
 from moesim.traces.store import read_trace, write_trace
@@ -51,6 +52,21 @@ def changed(folder: Path, *replacements: tuple[str, str], extra: str = "") -> Pa
 def run(path: Path, output: str = "out", only: str | None = None) -> RunOutcome:
     """Run a scenario file."""
     return run_scenario(load_scenario(path), path.parent / output, QuietReporter(), only)
+
+
+def rows(path: Path, name: str) -> pd.DataFrame:
+    """The rows of one study, without its files and report."""
+    scenario = load_scenario(path)
+    study = scenario.study(name)
+    setup = (ExpertParallelSetup if isinstance(study, ExpertParallelStudy) else OffloadSetup)(
+        load_inputs(scenario), study)  # type: ignore[arg-type]
+    return pd.DataFrame([point.row for point in setup.points()])
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds and has tests of its own: here the report is an empty file."""
+    monkeypatch.setattr("moesim.scenario.run.report_folder", lambda folder: write_text(folder / "report.html", ""))
 
 
 class Listener(QuietReporter):
@@ -90,16 +106,16 @@ def test_a_run_writes_every_file_it_names(tiny_folder: Path) -> None:
 
 def test_the_same_seed_gives_the_same_rows(tiny_folder: Path) -> None:
     """Two runs agree in every cell; another seed deals other requests."""
-    first, second = (run(tiny_folder / "tiny.yaml", name) for name in ("one", "two"))
-    other = run(changed(tiny_folder, ("seed: 3", "seed: 4")), "three")
-    for a, b, c in zip(first.studies, second.studies, other.studies, strict=True):
-        pd.testing.assert_frame_equal(a.table, b.table)
-        assert not a.table.equals(c.table)
+    other = changed(tiny_folder, ("seed: 3", "seed: 4"))
+    for name in ("four-gpus", "one-gpu"):
+        first = rows(tiny_folder / "tiny.yaml", name)
+        pd.testing.assert_frame_equal(first, rows(tiny_folder / "tiny.yaml", name))
+        assert not first.equals(rows(other, name))
 
 
 def test_expert_parallel_rows_are_consistent(tiny_folder: Path) -> None:
     """Bounds lie below what was found, gaps follow from both, and replicas are counted."""
-    table = run(tiny_folder / "tiny.yaml", only="four-gpus").studies[0].table
+    table = rows(tiny_folder / "tiny.yaml", "four-gpus")
     assert table["placement"].tolist() == ["contiguous", "eplb"]
     assert table["redundant_experts"].tolist() == [0, 4]
     for row in table.itertuples():
@@ -131,7 +147,7 @@ def test_crossings_are_those_of_the_tokens(tiny_folder: Path) -> None:
 
 def test_offload_rows_are_consistent(tiny_folder: Path) -> None:
     """Bounds below the times, more slots no fewer hits, and bytes that follow from the misses."""
-    table = run(tiny_folder / "tiny.yaml", only="one-gpu").studies[0].table
+    table = rows(tiny_folder / "tiny.yaml", "one-gpu")
     assert list(zip(table["policy"], table["slots_per_layer"], strict=True)) == [
         ("lru", 2), ("lru", 4), ("static", 2), ("static", 4)]
     expert_bytes, uses_per_token = 3 * 64 * 96 * 2, 3 * 2
@@ -144,14 +160,15 @@ def test_offload_rows_are_consistent(tiny_folder: Path) -> None:
     assert (table["hit_rate"].to_numpy()[1::2] >= table["hit_rate"].to_numpy()[::2]).all()
 
 
-@pytest.mark.parametrize("workload", ["warmup_steps: 3", "include_prefill: true", "include_prefill: true, warmup_steps: 2"])
+@pytest.mark.parametrize("workload", [
+    "warmup_steps: 3", "include_prefill: true", "include_prefill: true, warmup_steps: 2"])
 def test_a_bound_beside_a_time_is_a_bound_on_that_time(tiny_folder: Path, workload: str) -> None:
     """Warm-up steps and prefill are in neither or in both: the bound never exceeds the figure that it stands beside."""
     path = changed(tiny_folder, ("workload: {batch_size: 1, max_steps: 4}",
                                  f"workload: {{batch_size: 1, max_steps: 4, {workload}}}"),
                    ("    points:", "    cache: {preload: none}\n    points:"),
                    (OFFLOAD_POINTS, "      - {policy: [lru, belady], slots_per_layer: [4, 8]}"))
-    table = run(path, only="one-gpu").studies[0].table
+    table = rows(path, "one-gpu")
     assert (table["tpot_bound_s"] <= table["tpot_s"] * (1 + 1e-9)).all()
     assert (table["tpot_gap"] >= -1e-9).all()
 
@@ -161,12 +178,13 @@ def test_shared_slots_can_be_preloaded_for_every_policy(tiny_folder: Path, polic
     """With one pool over all layers the popular experts of the whole model fill it, which a static set admits."""
     path = changed(tiny_folder, ("    points:", "    cache: {shared: true}\n    points:"),
                    (OFFLOAD_POINTS, f"      - {{policy: {policy}, slots_per_layer: 2}}"))
-    table = run(path, only="one-gpu").studies[0].table
+    table = rows(path, "one-gpu")
     assert 0 <= table["hit_rate"][0] <= 1
 
 
 @pytest.mark.parametrize("points", ["{policy: [belady, lru, belady-bypass], slots_per_layer: 2}",
                                     "{policy: lru, slots_per_layer: 2, prefetch: [oracle, none]}"])
+@pytest.mark.usefixtures("no_report")
 def test_the_best_point_is_one_that_can_be_deployed(tiny_folder: Path, points: str) -> None:
     """A policy or prefetcher that knows the future is a reference: its run is not written as the best one."""
     outcome = run(changed(tiny_folder, (OFFLOAD_POINTS, f"      - {points}")), only="one-gpu")
@@ -174,11 +192,13 @@ def test_the_best_point_is_one_that_can_be_deployed(tiny_folder: Path, points: s
     assert written == ["one-gpu.lru-2slots-none-load.result"]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_points_are_announced_and_heard(tiny_folder: Path) -> None:
     """As many points as were announced, study by study."""
     listener = Listener()
     run_scenario(load_scenario(tiny_folder / "tiny.yaml"), tiny_folder / "out", listener)
-    assert listener.heard == [("four-gpus", 2), *[("four-gpus", "point")] * 2, ("one-gpu", 4), *[("one-gpu", "point")] * 4]
+    assert listener.heard == [
+        ("four-gpus", 2), *[("four-gpus", "point")] * 2, ("one-gpu", 4), *[("one-gpu", "point")] * 4]
 
 
 def test_plans_are_judged_on_requests_they_have_not_seen(tiny_folder: Path) -> None:
@@ -214,6 +234,7 @@ def test_a_full_cache_is_bounded_by_its_own_time(tiny_folder: Path) -> None:
     assert row["tpot_gap"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_validation_runs_the_scenario_s_graph_for_real(tiny_folder: Path) -> None:
     """Tiny sizes, a few steps: prediction and measurement of one graph, finite errors, no figure from a data sheet."""
     pytest.importorskip("torch")
@@ -222,7 +243,8 @@ def test_validation_runs_the_scenario_s_graph_for_real(tiny_folder: Path) -> Non
     assert names == sorted(["here.measured.result", "here.perfetto.json", "here.predicted.result", "here.profile.json",
                             "here.study.json", "here.validation.json", "report.html"])
     assert all(path.exists() for path in outcome.files)
-    predicted, measured = (read_result(tiny_folder / "out" / f"here.{name}.result") for name in ("predicted", "measured"))
+    predicted, measured = (
+        read_result(tiny_folder / "out" / f"here.{name}.result") for name in ("predicted", "measured"))
     assert len(predicted.tables["steps"]) == len(measured.tables["steps"]) == 4
     sources = set(predicted.tasks.loc[predicted.tasks["resource"] != "", "source"])
     assert sources
@@ -237,12 +259,13 @@ def test_validation_runs_the_scenario_s_graph_for_real(tiny_folder: Path) -> Non
 # ---------------------------------------------------------------- what does not fit together
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_trace_of_another_model_must_be_meant(tiny_folder: Path) -> None:
     """Without trace_stands_in a trace that names another model is refused; with it a note says so."""
     trace = dataclasses.replace(read_trace(tiny_folder / "tiny.trace.parquet"), model="someone/else-8x7b")
     write_trace(trace, tiny_folder / "tiny.trace.parquet")
     path = changed(tiny_folder, ("trace_stands_in: true", "trace_stands_in: false"))
-    with pytest.raises(InputError, match="the trace is of 'someone/else-8x7b', not of .*trace_stands_in: true"):
+    with pytest.raises(InputError, match=r"the trace is of 'someone/else-8x7b', not of .*trace_stands_in: true"):
         run(path)
     assert not (tiny_folder / "out").exists()
     notes = run(tiny_folder / "tiny.yaml", only="one-gpu").studies[0].notes
@@ -252,14 +275,15 @@ def test_a_trace_of_another_model_must_be_meant(tiny_folder: Path) -> None:
 def test_a_trace_of_another_shape_is_refused(tiny_folder: Path) -> None:
     """Seven experts are not eight, stand-in or not."""
     write_trace(synthetic_trace(40, 3, 7, 2, 4), tiny_folder / "tiny.trace.parquet")
-    with pytest.raises(InputError, match="3 MoE layers x 7 experts, top-2, but model .* has 3 MoE layers x 8 experts, top-2"):
+    with pytest.raises(InputError, match=r"3 MoE layers x 7 experts, top-2, but model .* x 8 experts, top-2"):
         run(tiny_folder / "tiny.yaml")
 
 
 @pytest.mark.parametrize(("replacement", "message"), [
     (("gpus_per_node: 4", "gpus_per_node: 1"), "study 'four-gpus': expert parallelism needs at least 2 GPUs"),
     (("{name: rtx-4090}", "{name: rtx-4091}"), "rtx-4091.*Did you mean 'rtx-4090'"),
-    (("slots_per_layer: [2, 4]}", "slots_per_layer: 2, miss: cpu}\n    system: {slow_memory: drum}"), "drum"),
+    (("slots_per_layer: [2, 4]}", "slots_per_layer: 2, miss: cpu}\n    system: {slow_memory: node0.dran}"),
+     "hardware 'rtx-4090' has no memory 'node0.dran'. Did you mean 'node0.dram'"),
     (("{name: rtx-4090}", "{name: rtx-4090}\n    profile: none.profile.json"), "none.profile.json"),
 ])
 def test_parts_that_are_not_there_are_named(tiny_folder: Path, replacement: tuple[str, str], message: str) -> None:
@@ -272,11 +296,11 @@ def test_a_validation_deeper_than_the_trace_is_refused(tiny_folder: Path) -> Non
     """The trace has three MoE layers; four cannot be validated on it."""
     pytest.importorskip("torch")
     path = changed(tiny_folder, extra=VALIDATION.replace("num_layers: 2", "num_layers: 4"))
-    with pytest.raises(InputError, match="model.num_layers 4 exceeds the trace's 3 MoE layers"):
+    with pytest.raises(InputError, match=r"model.num_layers 4 exceeds the trace's 3 MoE layers"):
         run(path, only="here")
 
 
 def test_a_study_that_is_not_there_is_named(tiny_folder: Path) -> None:
     """`only` names a study of the file."""
-    with pytest.raises(InputError, match="has no study 'four-gpu'. Did you mean 'four-gpus'"):
+    with pytest.raises(InputError, match=r"has no study 'four-gpu'. Did you mean 'four-gpus'"):
         run(tiny_folder / "tiny.yaml", only="four-gpu")

@@ -186,7 +186,8 @@ def test_priority_changes_reorder_the_queue_and_may_be_taken_back() -> None:
     (lambda view: view.cancel(1), r"task 1 cannot be cancelled: tasks \[2\] wait for it"),
     (lambda view: (view.cancel(2), view.cancel(2)), "task 2 cannot be cancelled: it has been already"),
 ])
-def test_what_has_started_or_is_waited_for_cannot_be_changed(act: Callable[[ExecutorView], object], message: str) -> None:
+def test_what_has_started_or_is_waited_for_cannot_be_changed(
+        act: Callable[[ExecutorView], object], message: str) -> None:
     """Cancelling and moving have rules, and breaking one is an error."""
 
     def script(graph: TaskGraph, view: ExecutorView) -> Iterator[int]:
@@ -360,7 +361,7 @@ def test_the_table_does_not_depend_on_the_hash_seed() -> None:
 @settings(max_examples=30, deadline=None)
 @given(graphs())
 def test_the_critical_path_sums_to_the_makespan(case: Case) -> None:
-    """Its parts ran where it says, none longer than that resource was busy; with every decision a dependency, no wait."""
+    """Its parts ran where it says, none longer than that resource was busy; it never waits."""
     tied = tuple((*task[:3], (*task[3], case.awaited[stage - 1])) if stage else task
                  for task, stage in zip(case.tasks, case.stage, strict=True))
     program = program_of(dataclasses.replace(case, tasks=tied))

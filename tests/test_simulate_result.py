@@ -42,7 +42,7 @@ class Stepped:
 
 
 def closed_loop() -> Stepped:
-    """Prefill of 1 and 2 (10 ns), a decode step of both (20), prefill of 3 (5), two decode steps (30, 40) of 1 and 3."""
+    """Prefill of 1, 2 (10 ns), a decode step of both (20), prefill of 3 (5), two decode steps (30, 40) of 1, 3."""
     requests = [[1, 1, 2], [1, 2], [3], [1, 3], [1, 3]]
     phases = ["prefill", "decode", "prefill", "decode", "decode"]
     steps = [StepRecord(Step(n, phase, np.arange(len(ids)), np.array(ids, dtype=np.int32)), len(ids))
@@ -135,16 +135,16 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_folders_that_are_no_result_are_named(tmp_path: Path) -> None:
     """Missing, empty, without tasks, or of another schema."""
     path = simulate(closed_loop()).write(tmp_path / "a.result")
-    with pytest.raises(InputError, match="b.result: no such result folder"):
+    with pytest.raises(InputError, match=r"b.result: no such result folder"):
         read_result(tmp_path / "b.result")
     (tmp_path / "empty.result").mkdir()
-    with pytest.raises(InputError, match="summary.json"):
+    with pytest.raises(InputError, match=r"summary.json"):
         read_result(tmp_path / "empty.result")
     (path / "tasks.parquet").unlink()
-    with pytest.raises(InputError, match="the table tasks.parquet is missing"):
+    with pytest.raises(InputError, match=r"the table tasks.parquet is missing"):
         read_result(path)
     (path / "summary.json").write_text(json.dumps({"schema": "moesim.plan/1"}))
-    with pytest.raises(InputError, match="expected a 'moesim.result/1' file, found schema 'moesim.plan/1'"):
+    with pytest.raises(InputError, match=r"expected a 'moesim.result/1' file, found schema 'moesim.plan/1'"):
         read_result(path)
 
 
@@ -188,7 +188,7 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x.study.json: not a study: KeyError\('columns'\)"):
         read_study(path)
     path.write_text("[]")
-    with pytest.raises(InputError, match="expected a 'moesim.study/1' file, found schema None"):
+    with pytest.raises(InputError, match=r"expected a 'moesim.study/1' file, found schema None"):
         read_study(path)
 
 

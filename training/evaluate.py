@@ -16,6 +16,7 @@ import torch
 from corpus import DEFAULT_CACHE
 from data import domain_chunks, load_tokenizer
 from fast_experts import FAST_EXPERTS, register_fast_experts
+from parallel import keep_freed_memory
 from tiny_model import EXPERTS, TOP_K, RoutingTap, imbalance
 from torch import Tensor
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate, print and save."""
     args = parse_args(argv)
     args.cache, args.model = args.cache.expanduser(), args.model.expanduser()
+    keep_freed_memory()
     register_fast_experts()
     figures = evaluate(args)
     (args.model / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -9,7 +9,6 @@ checkpoint beside it (``<out>.checkpoint.pt``) allows ``--resume``.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import torch
 from corpus import DEFAULT_CACHE
 from data import MixedBatches, domain_chunks, load_tokenizer, train_tokenizer
 from fast_experts import register_fast_experts
-from parallel import clip, flat_gradients, launch, mean_over_workers
+from parallel import clip, flat_gradients, keep_freed_memory, launch, mean_over_workers
 from tiny_model import (
     EXPERTS,
     LAYERS,
@@ -54,14 +53,6 @@ class Run:
     seconds: float = 0.0
     loss: float = math.nan
     log: list[dict[str, float]] = field(default_factory=list)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse big blocks instead of mapping them anew at every step."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
-            libc.mallopt(option, value)
 
 
 def pick_device(name: str) -> torch.device:

@@ -38,7 +38,7 @@ def torch_device(device: str) -> str:
 def spec_for_dtype(model: ModelSpec, dtype: str) -> ModelSpec:
     """Return `model` with every weight and activation of this dtype; its experts must be SwiGLU."""
     if not model.gated:
-        raise InputError(f"{model.name!r} has experts of {model.matrices} matrices; the kernel knows SwiGLU's three only")
+        raise InputError(f"{model.name!r} has experts of {model.matrices} matrices; the kernel is SwiGLU, with three")
     if dtype not in DTYPE_BYTES:
         raise InputError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
     size = float(DTYPE_BYTES[dtype])

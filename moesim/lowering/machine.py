@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from moesim.errors import InputError
+from moesim.errors import InputError, did_you_mean
 from moesim.hardware.cost import CostModel
 from moesim.hardware.spec import HardwareSpec, Link
 from moesim.hardware.work import Cost
@@ -33,6 +33,11 @@ class OffloadMachine:
     def __post_init__(self) -> None:
         self.hardware.device(self.device)
         self.hardware.device(self.cpu)
+        if self.slow_memory not in self.hardware.memories:
+            raise InputError(
+                f"hardware {self.hardware.name!r} has no memory {self.slow_memory!r}."
+                f"{did_you_mean(self.slow_memory, self.hardware.memories)}"
+            )
         if self.slow_memory == self.fast_memory:
             raise InputError(
                 f"hardware {self.hardware.name!r}: the experts' memory {self.slow_memory!r} is the device's own"

@@ -132,7 +132,7 @@ def _formatter(key: str) -> Callable[[float], str] | None:
         return format_seconds
     if key == "error":
         return lambda value: f"{100 * value:+.1f} %"
-    return format_percent if key.rsplit("_", 1)[-1] in _FRACTIONS else None
+    return format_percent if key.removesuffix("_shuffled").rsplit("_", 1)[-1] in _FRACTIONS else None
 
 
 def format_count(value: float) -> str:

@@ -30,6 +30,7 @@ from moesim.validate.world import OffloadWorld, WorldConfig
 HEAD_DIM = 64
 VOCABULARY = 8192
 ROUND_SECONDS = 0.05
+MIN_DRY_STEPS = 4
 
 Progress = Callable[[str, float, float], None]
 
@@ -82,17 +83,17 @@ def run_validation(
     """Predict and run for real; raises MissingDependencyError without torch."""
     tell = progress or (lambda *_: None)
     tell("filling the expert pool", 0, 1)
-    device = torch_device(study.device)
+    device, seed = torch_device(study.device), inputs.scenario.seed
     model = small_model(study.model, inputs.trace)
     train, test = split_requests(
-        first_layers(inputs.trace, model.num_moe_layers), study.train_fraction, inputs.scenario.seed
+        first_layers(inputs.trace, model.num_moe_layers), study.train_fraction, seed
     )
     machine = local_machine(device, study.slow_tier_bytes_per_s)
-    seed = inputs.scenario.seed
-    offload, dry = (_offload(model, train, part, machine, study, seed) for part in (test, train))
+    offload = _offload(model, train, test, machine, study, study.steps, seed)
+    dry = _offload(model, train, train, machine, study, max(MIN_DRY_STEPS, study.steps // 4), seed)
     slots = min(study.slots_per_layer, model.num_experts) * model.num_moe_layers
     config = WorldConfig(
-        device, study.model.dtype, study.slow_tier_bytes_per_s, _max_context(offload), study.chunks, seed
+        device, study.model.dtype, study.slow_tier_bytes_per_s, max(map(_max_context, (offload, dry))), study.chunks, seed
     )
     case = OffloadValidation(
         model=model,
@@ -119,12 +120,10 @@ def run_validation(
 
 
 def _offload(
-    model: ModelSpec, train: RoutingTrace, test: RoutingTrace, machine: Any, study: ValidationStudy, seed: int
+    model: ModelSpec, train: RoutingTrace, part: RoutingTrace, machine: Any, study: ValidationStudy, max_steps: int, seed: int
 ) -> Offload:
-    steps = closed_loop_steps(
-        test, batch_size=1, max_steps=study.steps, include_prefill=False, repeat=True, seed=seed
-    )
-    return Offload(model, train, test, steps, machine, seed, chunks=study.chunks)
+    steps = closed_loop_steps(part, batch_size=1, max_steps=max_steps, include_prefill=False, repeat=True, seed=seed)
+    return Offload(model, train, part, steps, machine, seed, chunks=study.chunks)
 
 
 def _max_context(offload: Offload) -> int:

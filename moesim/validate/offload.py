@@ -11,22 +11,25 @@ import pandas as pd
 from moesim.cache.cache import ExpertCache
 from moesim.errors import CheckError
 from moesim.hardware.cost import CostModel
-from moesim.hardware.profile import CalibrationProfile, MeasuredTable
+from moesim.hardware.profile import CalibrationProfile
 from moesim.lowering.batch import expert_counts
+from moesim.lowering.graph import TaskGraph
 from moesim.lowering.machine import OffloadMachine
 from moesim.lowering.offload import OffloadProgram
 from moesim.model.spec import ModelSpec
 from moesim.simulate.simpy_executor import run_simpy
 from moesim.traces.steps import Step
 from moesim.traces.trace import RoutingTrace
-from moesim.validate.overhead import NullWorld, overhead_tables
-from moesim.validate.probe import ProbePlan, Samples, measured_tables, probe
+from moesim.units import ns_from_s
+from moesim.validate.overhead import executor_seconds, overhead_tables
+from moesim.validate.probe import Block, ProbePlan, measured_tables, overlap_shares, probe
 from moesim.validate.report import ValidationReport, compare
 from moesim.validate.torch_executor import run_torch
 from moesim.validate.world import OffloadWorld
 
 Progress = Callable[[str, float, float], None]
 CONTEXT_POINTS = 3
+OVERLAP_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -70,23 +73,26 @@ def validate_offload(
         CheckError: after a run a slot does not hold the bytes of the expert that the plan put there.
     """
     tell = progress or (lambda *_: None)
-    plan = probe_plan(case)
-    overheads = _overheads(case, seed)
+    plan, few = probe_plan(case), max(2, probe_rounds // 4)
     tell("warming up", 0, repeats)
-    _block(case, plan, max(2, probe_rounds // 4), seed)
-    _real_run(case, _profile(case, _block(case, plan, max(2, probe_rounds // 4), seed + 1), overheads))
-    before = _block(case, plan, probe_rounds, seed + 2)
-    outcomes = []
+    _calibrate(case, plan, few, seed)
+    before = _calibrate(case, plan, probe_rounds, seed + 1)
+    outcomes, overheads = [], []
     for repetition in range(repeats):
-        program, measured = _real_run(case, _profile(case, before, overheads))
-        after = _block(case, plan, probe_rounds, seed + 3 + repetition)
-        profile = _profile(case, before.merged(after), overheads)
-        predicted = run_simpy(case.build(_cost(case, profile)))
-        outcomes.append((program, predicted, measured, profile))
+        program, measured = _real_run(case, case.build, _profile(case, before, {}))
+        after = _calibrate(case, plan, probe_rounds, seed + 2 + repetition)
+        predicted, profile = _predict(case, before.merged(after))
+        outcomes.append((program, measured, predicted, profile))
+        overheads.append({t.shape: ns_from_s(t.seconds[0]) for t in profile.tables if t.op == "task_overhead"})
         before = after
         tell("real runs", repetition + 1, repeats)
-    report = compare([row[1] for row in outcomes], [row[2] for row in outcomes])
-    program, predicted, measured, profile = outcomes[-1]
+    report = compare(
+        [row[2] for row in outcomes],
+        [row[1] for row in outcomes],
+        overheads_ns=overheads,
+        executor_s=[executor_seconds(row[0].graph, row[1]) for row in outcomes],
+    )
+    program, measured, predicted, profile = outcomes[-1]
     return ValidationRun(report, program, predicted, measured, profile)
 
 
@@ -105,8 +111,19 @@ def probe_plan(case: OffloadValidation) -> ProbePlan:
     return ProbePlan(tuple(sorted(counts)), tuple(tokens), tuple(points), case.chunk_bytes, case.with_cpu)
 
 
-def _block(case: OffloadValidation, plan: ProbePlan, rounds: int, seed: int) -> Samples:
-    return probe(
+@dataclass(frozen=True)
+class _Calibration:
+    """Micro-benchmarks of kernels and copies, and short real runs on other routing (for the executor's own time)."""
+
+    block: Block
+    dry: tuple[tuple[TaskGraph, pd.DataFrame], ...]
+
+    def merged(self, other: _Calibration) -> _Calibration:
+        return _Calibration(self.block.merged(other.block), self.dry + other.dry)
+
+
+def _calibrate(case: OffloadValidation, plan: ProbePlan, rounds: int, seed: int) -> _Calibration:
+    block = probe(
         case.world,
         case.model,
         case.machine,
@@ -116,28 +133,34 @@ def _block(case: OffloadValidation, plan: ProbePlan, rounds: int, seed: int) -> 
         seed=seed,
         device=case.device,
     )
+    program, tasks = _real_run(case, case.dry, _profile(case, _Calibration(block, ()), {}))
+    return _Calibration(block, ((program.graph, tasks),))
 
 
-def _profile(
-    case: OffloadValidation, samples: Samples, overheads: tuple[MeasuredTable, ...]
-) -> CalibrationProfile:
+def _profile(case: OffloadValidation, found: _Calibration, overlap: dict[str, float]) -> CalibrationProfile:
     kind = case.machine.hardware.device(case.machine.device).kind
-    tables = measured_tables(samples, case.model, kind, case.machine.route[-1].kind)
-    return CalibrationProfile("interleaved", tables + overheads)
+    tables = measured_tables(found.block, overlap, case.model, kind, case.machine.route[-1].kind)
+    return CalibrationProfile("interleaved", tables + (overhead_tables(found.dry) if found.dry else ()))
+
+
+def _predict(case: OffloadValidation, found: _Calibration) -> tuple[pd.DataFrame, CalibrationProfile]:
+    """Simulate; how much copies and compute overlap comes from the schedule itself, so go round until it settles."""
+    overlap: dict[str, float] = {}
+    for _ in range(OVERLAP_ROUNDS):
+        profile = _profile(case, found, overlap)
+        predicted = run_simpy(case.build(_cost(case, profile)))
+        overlap = overlap_shares(predicted)
+    return predicted, profile
 
 
 def _cost(case: OffloadValidation, profile: CalibrationProfile | None) -> CostModel:
     return CostModel(case.machine.hardware, profile)
 
 
-def _overheads(case: OffloadValidation, seed: int) -> tuple[MeasuredTable, ...]:
-    """Run the case's program on other routing with kernels that do nothing."""
-    program = case.dry(_cost(case, None))
-    return overhead_tables(program.graph, run_torch(program, NullWorld()))
-
-
-def _real_run(case: OffloadValidation, profile: CalibrationProfile) -> tuple[OffloadProgram, pd.DataFrame]:
-    program = case.build(_cost(case, profile))
+def _real_run(
+    case: OffloadValidation, build: Callable[[CostModel], OffloadProgram], profile: CalibrationProfile
+) -> tuple[OffloadProgram, pd.DataFrame]:
+    program = build(_cost(case, profile))
     case.world.preload(_contents(program.cache))
     measured = run_torch(program, case.world, device=case.device)
     for slot, key in _contents(program.cache).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from moesim.units import s_from_ns
 
 SCHEMA = "moesim.validation/1"
 END_TO_END = "end to end"
+EXECUTOR = "executor"
 FEW_SAMPLES = 3
 
 
@@ -27,7 +29,7 @@ class ValidationReport:
         kinds: frame of kind, num_tasks, predicted_s, measured_s, spread, error: busy seconds per run, the
             median over the repetitions in which it ran (num_tasks: in the last one); `spread` is
             (max - min) / median over these; `error` is (predicted - measured) / measured. The last row is the
-            end-to-end time.
+            end-to-end time, the one before it may be ``executor``: time between tasks that was no kernel's.
         runs: frame of repetition, predicted_s, measured_s, error (end to end).
         notes: what to know, for instance too few repetitions.
     """
@@ -60,10 +62,19 @@ class ValidationReport:
         return write_json(path, SCHEMA, body)
 
 
-def busy_seconds(tasks: pd.DataFrame) -> pd.Series:
-    """Return the summed duration of done tasks by kind."""
+def busy_seconds(tasks: pd.DataFrame, overhead_ns: Mapping[str, int] | None = None) -> pd.Series:
+    """Return the summed kernel time of done tasks by kind.
+
+    A predicted duration holds the executor's own time too: `overhead_ns` (per task, by kind) is taken out of
+    it and summed under `EXECUTOR`.
+    """
     done = tasks[(tasks["state"] == DONE) & (tasks["resource"] != "")]
-    return done.groupby("kind")["duration_ns"].sum().map(s_from_ns)
+    if overhead_ns is None:
+        return done.groupby("kind")["duration_ns"].sum().map(s_from_ns)
+    own = done["kind"].map(lambda kind: overhead_ns.get(kind, 0)).astype(np.int64)
+    kernels = (done["duration_ns"] - own).groupby(done["kind"]).sum()
+    kernels[EXECUTOR] = own.sum()
+    return kernels.map(s_from_ns)
 
 
 def compare(
@@ -71,15 +82,26 @@ def compare(
     measured: list[pd.DataFrame],
     notes: tuple[str, ...] = (),
     provenance: dict[str, Any] | None = None,
+    *,
+    overheads_ns: Sequence[Mapping[str, int]] | None = None,
+    executor_s: Sequence[float] | None = None,
 ) -> ValidationReport:
-    """Compare task tables of predictions and real runs, repetition by repetition."""
+    """Compare task tables of predictions and real runs, repetition by repetition.
+
+    Args:
+        overheads_ns: the executor's time per task, by kind, that is part of each prediction's durations.
+        executor_s: the executor's own time in each real run.
+    """
     pairs = [(_makespan(p), _makespan(m)) for p, m in zip(predicted, measured, strict=True)]
     runs = pd.DataFrame(
         [(place, p, m, (p - m) / m) for place, (p, m) in enumerate(pairs)],
         columns=["repetition", "predicted_s", "measured_s", "error"],
     )
-    guess = pd.DataFrame([busy_seconds(table) for table in predicted]).median()
+    own: Sequence[Mapping[str, int] | None] = overheads_ns or [None] * len(predicted)
+    guess = pd.DataFrame([busy_seconds(*pair) for pair in zip(predicted, own, strict=True)]).median()
     real = pd.DataFrame([busy_seconds(table) for table in measured])
+    if executor_s is not None:
+        real[EXECUTOR] = list(executor_s)
     counts = measured[-1].loc[measured[-1]["state"] == DONE, "kind"].value_counts()
     rows = [
         _row(kind, int(counts.get(kind, 0)), float(guess.get(kind, 0.0)), real[kind].dropna().to_numpy())
