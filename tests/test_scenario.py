@@ -100,7 +100,7 @@ def test_quickstart_is_valid(tmp_path: Path) -> None:
     (tmp_path / "q.yaml").write_text(text)
     scenario = load_scenario(tmp_path / "q.yaml")
     assert [study.kind for study in scenario.studies] == ["expert_parallel", "offload", "validation"]
-    assert len(scenario.studies[1].expand()) == 15
+    assert len(scenario.studies[1].expand()) == 18
     assert scenario.study("real-run").point == Point("lru", 24)
     assert scenario.study("real-run").slow_tier_bytes_per_s == 3 * 10**9
 

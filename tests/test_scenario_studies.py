@@ -163,14 +163,14 @@ def test_offload_rows_are_consistent(tiny_folder: Path) -> None:
 @pytest.mark.parametrize("workload", [
     "warmup_steps: 3", "include_prefill: true", "include_prefill: true, warmup_steps: 2"])
 def test_a_bound_beside_a_time_is_a_bound_on_that_time(tiny_folder: Path, workload: str) -> None:
-    """Warm-up steps and prefill are in neither or in both: the bound never exceeds the figure that it stands beside."""
+    """The bound is on the whole run: where warm-up or prefill steps are part of it, none stands beside TPOT."""
     path = changed(tiny_folder, ("workload: {batch_size: 1, max_steps: 4}",
                                  f"workload: {{batch_size: 1, max_steps: 4, {workload}}}"),
                    ("    points:", "    cache: {preload: none}\n    points:"),
                    (OFFLOAD_POINTS, "      - {policy: [lru, belady], slots_per_layer: [4, 8]}"))
     table = rows(path, "one-gpu")
-    assert (table["tpot_bound_s"] <= table["tpot_s"] * (1 + 1e-9)).all()
-    assert (table["tpot_gap"] >= -1e-9).all()
+    assert table["tpot_bound_s"].isna().all()
+    assert ((table["tpot_gap"] >= 0) & (table["tpot_gap"] < 1)).all()
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lfu-resident", "belady", "belady-bypass", "static"])

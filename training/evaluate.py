@@ -17,7 +17,7 @@ from corpus import DEFAULT_CACHE
 from data import domain_chunks, load_tokenizer
 from fast_experts import FAST_EXPERTS, register_fast_experts
 from parallel import keep_freed_memory
-from tiny_model import EXPERTS, TOP_K, RoutingTap, imbalance
+from tiny_model import EXPERTS, TOP_K, RoutingTap, build_model, imbalance
 from torch import Tensor
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
@@ -63,16 +63,27 @@ def shuffled(hot: Tensor, within: bool, generator: torch.Generator) -> Tensor:
     return hot.reshape(layers, -1, experts)[:, order].view_as(hot)
 
 
-def locality(hot: Tensor, seed: int) -> dict[str, float | list[float]]:
+def same_domain_overlap(hot: Tensor, sequences: int, generator: torch.Generator) -> Tensor:
+    """Overlap of random tokens of different sequences of the same domain, per layer."""
+    parts = hot.split(sequences, dim=1)
+    order = torch.randperm(hot.shape[2], generator=generator)
+    pairs = [overlap(part, part.roll(1, dims=1)[:, :, order]) for part in parts]
+    return torch.stack(pairs).mean(dim=0)
+
+
+def locality(hot: Tensor, sequences: int, seed: int) -> dict[str, float | list[float]]:
     """Next-token overlap against tokens shuffled over all text and within a sequence."""
     generator = torch.Generator().manual_seed(seed)
     following = overlap(hot[:, :, :-1], hot[:, :, 1:])
     by_chance = overlap(hot, shuffled(hot, False, generator))
     inside = overlap(hot, shuffled(hot, True, generator))
+    domain = same_domain_overlap(hot, sequences, generator)
     return {
         "next_token_overlap": following.mean().item(),
         "shuffled_overlap": by_chance.mean().item(),
         "within_request_overlap": inside.mean().item(),
+        "same_domain_overlap": domain.mean().item(),
+        "ratio_same_domain": (domain.mean() / by_chance.mean()).item(),
         "ratio": (following.mean() / by_chance.mean()).item(),
         "ratio_within_request": (following.mean() / inside.mean()).item(),
         "ratio_per_layer": (following / by_chance).tolist(),
@@ -82,7 +93,10 @@ def locality(hot: Tensor, seed: int) -> dict[str, float | list[float]]:
 def evaluate(args: argparse.Namespace) -> dict[str, object]:
     """All figures of one model folder."""
     tokenizer = load_tokenizer(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+    if args.untrained:
+        model = build_model(model.config, args.seed)
+    model.eval()
     errors = fast_path_error(model, torch.arange(2 * args.length).view(2, -1))
     model.set_experts_implementation("sorted_loop")
     losses, tables = {}, []
@@ -99,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, object]:
         "tokens": hot.shape[1] * hot.shape[2],
         "imbalance_per_layer": imbalance(load).tolist(),
         "least_used_per_layer": (load.min(dim=1).values / load.mean(dim=1)).tolist(),
-        "locality": locality(hot, args.seed),
+        "locality": locality(hot, args.sequences, args.seed),
         "fast_path_error": errors,
     }
 
@@ -129,6 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=24, help="per domain")
+    parser.add_argument("--untrained", action="store_true", help="control: fresh weights, nothing saved")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -140,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     register_fast_experts()
     figures = evaluate(args)
-    (args.model / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if not args.untrained:
+        (args.model / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(summary(figures))
     return 0
 

@@ -73,14 +73,9 @@ class ExpertParallelBound:
         attention = self._by_rank(
             "attention", tokens, lambda r: attention_work(model, int(tokens[r]), int(context[r]))
         )
-        router, dense, head = (
-            self._by_rank(kind, rows, lambda r, work=work, rows=rows: work(model, int(rows[r])))
-            for kind, work, rows in (
-                ("router", router_work, tokens),
-                ("dense", dense_work, tokens),
-                ("head", head_work, heads),
-            )
-        )
+        router = self._by_rank("router", tokens, lambda r: router_work(model, int(tokens[r])))
+        dense = self._by_rank("dense", tokens, lambda r: dense_work(model, int(tokens[r])))
+        head = self._by_rank("head", heads, lambda r: head_work(model, int(heads[r])))
         total, since = 0, np.zeros_like(attention)
         for layer in range(model.num_layers):
             since = since + attention

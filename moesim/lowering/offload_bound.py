@@ -9,6 +9,7 @@ import numpy as np
 from moesim.cache.bounds import fewest_misses
 from moesim.cache.policy import AccessStream
 from moesim.hardware.cost import CostModel
+from moesim.hardware.spec import Link
 from moesim.lowering.batch import expert_counts, head_rows
 from moesim.lowering.machine import OffloadMachine
 from moesim.lowering.work import attention_work, dense_work, experts_work, head_work, router_work, shared_work
@@ -39,6 +40,7 @@ def offload_bound(
     preload: list[int],
     shared: bool,
     cpu_helps: bool,
+    chunks: int = 1,
 ) -> OffloadBound:
     """Return a time that no eviction, admission or prefetch policy with these slots can undercut.
 
@@ -49,7 +51,7 @@ def offload_bound(
     misses = int(fewest_misses(stream, model.num_experts, slots_per_layer, preload=preload, shared=shared).sum())
     fixed = sum(_fixed_s(model, trace, step, machine, cost) for step in steps)
     experts = np.sort(_expert_seconds(model, trace, steps, machine.device, cost))
-    load_s = max(cost.copy(link.name, model.expert_bytes).seconds - link.latency_s for link in machine.route)
+    load_s = max(_load_s(cost, link, model.expert_bytes, chunks) for link in machine.route)
     on_cpu = np.arange(len(experts) + 1 if cpu_helps else 1)
     device_s = fixed + np.concatenate([[0.0], np.cumsum(experts)])[len(experts) - on_cpu]
     link_s = np.maximum(misses - on_cpu, 0) * load_s
@@ -60,6 +62,13 @@ def offload_bound(
     best = int(np.argmin(np.maximum(np.maximum(device_s, link_s), cpu_s)))
     total = float(np.maximum(np.maximum(device_s, link_s), cpu_s)[best])
     return OffloadBound(total, float(device_s[best]), float(link_s[best]), misses)
+
+
+def _load_s(cost: CostModel, link: Link, num_bytes: int, chunks: int) -> float:
+    """The least time that one expert takes on a link, whole or in chunks; a latency may overlap with other copies."""
+    whole = cost.copy(link.name, num_bytes).seconds
+    pieces = chunks * cost.copy(link.name, num_bytes // chunks).seconds
+    return max(0.0, min(whole, pieces) - chunks * link.latency_s)
 
 
 def _fixed_s(

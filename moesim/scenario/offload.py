@@ -119,6 +119,7 @@ class Offload:
             preload=self.preloaded(slots),
             shared=self.shared,
             cpu_helps=point.miss != "load",
+            chunks=self.chunks,
         )
 
 
@@ -182,12 +183,17 @@ class OffloadSetup:
             "htod_bytes_per_token": summary["htod_bytes"] / int(steps["tokens"].sum()),
             "stall_fraction": self._stall(result, elapsed_s),
             "tpot_s": summary["decode_step_time_s"],
-            "tpot_bound_s": bound.total_s / len(steps),
+            "tpot_bound_s": bound.total_s / len(steps) if self._only_decode else None,
             "tpot_gap": (elapsed_s - bound.total_s) / elapsed_s,
             "tokens_per_s": summary["tokens_per_s"],
             "requests_at_once": batch,
             "bound_by": _bound_by(result),
         }
+
+    @property
+    def _only_decode(self) -> bool:
+        """Whether the mean step is a decode step, so that the bound on the whole run is one on TPOT."""
+        return not (self.study.workload.include_prefill or self.study.workload.warmup_steps)
 
     def _stall(self, result: SimulationResult, elapsed_s: float) -> float:
         """Share of the time in which the device computes nothing."""

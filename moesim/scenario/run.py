@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -70,9 +71,10 @@ def run_scenario(scenario: Scenario, output: Path, reporter: Reporter, only: str
 def _run_expert_parallel(run: _Run, study: ExpertParallelStudy) -> StudyResult:
     run.reporter.study_started(study.name, study.heading, len(study.placement.plans))
     setup = ExpertParallelSetup(run.inputs, study)
-    rows, best = [], None
+    rows, best, sources = [], None, Counter[str]()
     for point in setup.points():
         rows.append(point.row)
+        sources.update(point.result.summary["cost_sources"])
         run.reporter.point_done(study.name, point.row)
         redundant = f"-r{point.row['redundant_experts']}" if point.row["redundant_experts"] else ""
         run.files.append(point.plan.write(run.output / f"{study.name}.{point.label}{redundant}.plan.json"))
@@ -80,23 +82,24 @@ def _run_expert_parallel(run: _Run, study: ExpertParallelStudy) -> StudyResult:
             best = point
     assert best is not None
     _write_best(run, f"{study.name}.{best.label}", best.result)
-    notes = setup.notes(setup.cost.source_counts())
+    notes = setup.notes(dict(sources))
     return run.finish(_study(run, study, rows, notes))
 
 
 def _run_offload(run: _Run, study: OffloadStudy) -> StudyResult:
     run.reporter.study_started(study.name, study.heading, len(study.expand()))
     setup = OffloadSetup(run.inputs, study)
-    rows, best = [], None
+    rows, best, sources = [], None, Counter[str]()
     for point in setup.points():
         rows.append(point.row)
+        sources.update(point.result.summary["cost_sources"])
         run.reporter.point_done(study.name, point.row)
         foreseen = point.row["policy"] == "belady" or point.row["prefetch"].startswith(("oracle", "stated"))
         if not foreseen and (best is None or point.row["tokens_per_s"] > best.row["tokens_per_s"]):
             best = point
     if best is not None:
         _write_best(run, f"{study.name}.{best.label}", best.result)
-    notes = setup.notes(setup.cost.source_counts())
+    notes = setup.notes(dict(sources))
     return run.finish(_study(run, study, rows, notes))
 
 
