@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus import DEFAULT_CACHE
@@ -90,13 +91,19 @@ def locality(hot: Tensor, sequences: int, seed: int) -> dict[str, float | list[f
     }
 
 
+def load_model(folder: Path, untrained: bool, seed: int) -> OlmoeForCausalLM:
+    """The trained model, or freshly initialised weights of its shape as a control."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    if untrained:
+        model = build_model(model.config, seed)
+    model.eval()
+    return model
+
+
 def evaluate(args: argparse.Namespace) -> dict[str, object]:
     """All figures of one model folder."""
     tokenizer = load_tokenizer(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model)
-    if args.untrained:
-        model = build_model(model.config, args.seed)
-    model.eval()
+    model = load_model(args.model, args.untrained, args.seed)
     errors = fast_path_error(model, torch.arange(2 * args.length).view(2, -1))
     model.set_experts_implementation("sorted_loop")
     losses, tables = {}, []
@@ -130,6 +137,8 @@ def summary(figures: dict) -> str:
         f"next-token overlap {place['next_token_overlap']:.3f}, shuffled over all "
         f"{place['shuffled_overlap']:.3f}, within a sequence {place['within_request_overlap']:.3f}",
         f"locality ratio {place['ratio']:.2f} (against within-sequence shuffle {place['ratio_within_request']:.2f})",
+        f"other sequence of the same domain: overlap {place['same_domain_overlap']:.3f}, "
+        f"{place['ratio_same_domain']:.2f} times that of any text",
         f"fast expert paths differ from the stock path by at most {max(figures['fast_path_error'].values()):.1e}",
         "ratio per layer: " + " ".join(f"{value:.2f}" for value in place["ratio_per_layer"]),
     ]

@@ -25,7 +25,6 @@ from moesim.simulate.result import SimulationResult
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
 from moesim.traces.steps import Step
-from moesim.traces.trace import RoutingTrace
 from moesim.units import s_from_ns
 
 BOUND_NOTE = (
@@ -59,6 +58,7 @@ class ExpertParallelSetup:
                 f"{self.hardware.num_ranks}"
             )
         self.train, self.test = split_requests(inputs.trace, study.placement.train_fraction, self.seed)
+        self._problems: dict[int, PlacementProblem] = {}
         self.steps: list[Step] = make_steps(self.test, study.workload, self.seed)
 
     @cached_property
@@ -72,15 +72,20 @@ class ExpertParallelSetup:
             ]
         )
 
-    def problem(self, trace: RoutingTrace, redundant_experts: int) -> PlacementProblem:
-        """Return the placement problem of a trace on this cluster, with the memory left for experts."""
+    def problem(self, redundant_experts: int) -> PlacementProblem:
+        """Return the placement problem of the training requests on this cluster, with the memory left for experts."""
+        if redundant_experts not in self._problems:
+            self._problems[redundant_experts] = self._make_problem(redundant_experts)
+        return self._problems[redundant_experts]
+
+    def _make_problem(self, redundant_experts: int) -> PlacementProblem:
         model = self.inputs.model
         free = (
             min(self.hardware.memory_of(rank).num_bytes for rank in self.hardware.ranks)
             - model.non_expert_bytes
         )
         return problem_from_trace(
-            trace,
+            self.train,
             num_ranks=self.hardware.num_ranks,
             ranks_per_node=self.hardware.ranks_per_node,
             redundant_experts=redundant_experts,
@@ -95,13 +100,13 @@ class ExpertParallelSetup:
             if choice.plan is not None:
                 self.program(read_plan(choice.plan))
             else:
-                self.problem(self.train, choice.redundant_experts)
+                self.problem(choice.redundant_experts)
 
     def make_plan(self, choice: PlanChoice) -> PlacementPlan:
         """Solve for a plan, or read it."""
         if choice.plan is not None:
             return read_plan(choice.plan)
-        problem = self.problem(self.train, choice.redundant_experts)
+        problem = self.problem(choice.redundant_experts)
         limit = self.study.placement.time_limit_s
         plan = place(problem, str(choice.solver), seed=self.seed, time_limit_s=limit, **choice.options).plan
         assert plan is not None  # place() raises otherwise
