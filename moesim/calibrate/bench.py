@@ -7,9 +7,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from moesim.calibrate.kernels import expert_ffn, make_attention, router_topk
+from moesim.calibrate.kernels import AttentionLayer, expert_ffn, make_attention, router_topk
 from moesim.calibrate.shapes import attention_shape, router_shape
 from moesim.errors import InputError
 from moesim.hardware.profile import MeasuredTable
@@ -66,11 +67,11 @@ class Operands:
         self.model, self.device, self.dtype_name = model, device, dtype
         self.dtype = getattr(torch, dtype)
         self._generator = torch.Generator().manual_seed(seed)
-        count = int(max(max(GROUPS), min(2 * max(GROUPS), POOL_BYTES // model.expert_bytes)))
+        count = int(max(*GROUPS, min(2 * max(GROUPS), POOL_BYTES // model.expert_bytes)))
         if count * model.expert_bytes > 4 * POOL_BYTES:
             raise InputError(
                 f"an expert of {model.name!r} has {model.expert_bytes} bytes; calibrate a smaller model, or with smaller "
-                "--hidden and --width"
+                "--hidden and --expert-intermediate"
             )
         self.pool = self.random(count, model.expert_params).mul_(model.hidden_size**-0.5)
         self.rows = self.random(max(TOKENS), model.hidden_size)
@@ -96,7 +97,7 @@ def expert_cases(ops: Operands, kind: str, shape: str, dtype: str) -> Iterator[C
             even = [tokens // groups + (place < tokens % groups) for place in range(groups)]
             skewed = [tokens - groups + 1] + [1] * (groups - 1)
             for counts in dict.fromkeys((tuple(even), tuple(skewed))):
-                yield Case(table, (tokens, groups, counts[0]), lambda counts=counts: _experts(ops, counts))
+                yield Case(table, (tokens, groups, counts[0]), partial(_experts, ops, counts))
 
 
 def _experts(ops: Operands, counts: tuple[int, ...]) -> None:
@@ -114,11 +115,18 @@ def dense_cases(ops: Operands, kind: str, dtype: str) -> Iterator[Case]:
     attention = ("attention", kind, attention_shape(model), dtype, ("tokens", "context"))
     for tokens in TOKENS[::2]:
         for context in CONTEXTS:
-            yield Case(attention, (tokens, tokens * context), _turns(
-                lambda layer, n=tokens, c=context: layer.forward(ops.rows[:n], n * c), layers))
+            yield Case(attention, (tokens, tokens * context), _turns(partial(_attend, ops, tokens, context), layers))
     router = ("router", kind, router_shape(model), dtype, ("tokens",))
     for tokens in TOKENS:
-        yield Case(router, (tokens,), _turns(lambda weight, n=tokens: router_topk(ops.rows[:n], weight, model.top_k), routers))
+        yield Case(router, (tokens,), _turns(partial(_route, ops, tokens), routers))
+
+
+def _attend(ops: Operands, tokens: int, context: int, layer: AttentionLayer) -> Any:
+    return layer.forward(ops.rows[:tokens], tokens * context)
+
+
+def _route(ops: Operands, tokens: int, weight: Any) -> Any:
+    return router_topk(ops.rows[:tokens], weight, ops.model.top_k)
 
 
 def _turns(run: Callable[[Any], object], operands: list[Any]) -> Callable[[], object]:
@@ -138,11 +146,18 @@ def copy_cases(device: str) -> Iterator[Case]:
 
     host = torch.ones(2 * max(COPY_BYTES), dtype=torch.uint8, pin_memory=device == "cuda")
     other = torch.ones(2 * max(COPY_BYTES), dtype=torch.uint8, device=device)
-    routes = {"dram_to_dram": (other, host)} if device == "cpu" else {"dram_to_hbm": (other, host), "hbm_to_dram": (host, other)}
+    routes = (
+        {"dram_to_dram": (other, host)}
+        if device == "cpu"
+        else {"dram_to_hbm": (other, host), "hbm_to_dram": (host, other)}
+    )
     for route, (target, source) in routes.items():
         for size in COPY_BYTES:
-            yield Case(("copy", route, "contiguous", "", ("bytes",)), (size,),
-                       lambda t=target, s=source, n=size: t[:n].copy_(s[n : 2 * n], non_blocking=True))
+            yield Case(
+                ("copy", route, "contiguous", "", ("bytes",)),
+                (size,),
+                partial(target[:size].copy_, source[size : 2 * size], non_blocking=True),
+            )
 
 
 class ReadFile:
@@ -161,9 +176,11 @@ class ReadFile:
     def cases(self) -> Iterator[Case]:
         """Yield reads at rotating offsets."""
         for size in READ_BYTES:
-            yield Case(("file_read", "flash", "warm", "", ("bytes",)), (size,), lambda n=size: self._read(n))
+            yield Case(("file_read", "flash", "warm", "", ("bytes",)), (size,), partial(self._read, size))
             if hasattr(os, "posix_fadvise"):
-                yield Case(("file_read", "flash", "cold", "", ("bytes",)), (size,), lambda n=size: self._read(n), self._drop)
+                yield Case(
+                    ("file_read", "flash", "cold", "", ("bytes",)), (size,), partial(self._read, size), self._drop
+                )
 
     def _read(self, size: int) -> None:
         self._turn = (self._turn + 1) % (FILE_BYTES // max(READ_BYTES))
@@ -177,7 +194,9 @@ class ReadFile:
         self._file.close()
 
 
-def empty_table(table: tuple[str, str, str, str, tuple[str, ...]], rows: list[tuple[tuple[float, ...], float, float, int]]) -> MeasuredTable:
+def empty_table(
+    table: tuple[str, str, str, str, tuple[str, ...]], rows: list[tuple[tuple[float, ...], float, float, int]]
+) -> MeasuredTable:
     """Build a table from rows of (size, median, spread, samples)."""
     ordered = sorted(rows)
     sizes, seconds, spread, samples = zip(*ordered, strict=True)

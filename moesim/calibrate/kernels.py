@@ -93,14 +93,10 @@ class AttentionLayer:
 def torch_cat_kv(rows: torch.Tensor, key: Any, value: Any, kv_heads: int, head_dim: int) -> tuple[Any, Any]:
     """Return the last row's new key and value, each [kv_heads, 1, head_dim]."""
     new_key, new_value = (rows @ key.T)[-1:], (rows @ value.T)[-1:]
-    return new_key.view(1, kv_heads, head_dim).transpose(0, 1), new_value.view(
-        1, kv_heads, head_dim
-    ).transpose(0, 1)
+    return new_key.view(1, kv_heads, head_dim).transpose(0, 1), new_value.view(1, kv_heads, head_dim).transpose(0, 1)
 
 
-def make_attention(
-    model: ModelSpec, max_context: int, device: str, dtype: Any, generator: Any
-) -> AttentionLayer:
+def make_attention(model: ModelSpec, max_context: int, device: str, dtype: Any, generator: Any) -> AttentionLayer:
     """Build one layer's attention with random weights; raises InputError for a kind that is not gqa."""
     import torch
 

@@ -25,8 +25,15 @@ MIN_PASSES = 3
 MAX_SECONDS = 180.0
 
 
-def calibrate(model: ModelSpec, *, device: str = "auto", seconds: float = MAX_SECONDS, seed: int = 0, dtype: str = "float32",
-              progress: Progress | None = None) -> CalibrationProfile:
+def calibrate(
+    model: ModelSpec,
+    *,
+    device: str = "auto",
+    seconds: float = MAX_SECONDS,
+    seed: int = 0,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> CalibrationProfile:
     """Measure this machine with a model's shapes and return a profile with held-out residuals.
 
     One thread per device, as the torch executor uses. Every case runs once per pass, in a new random order
@@ -81,8 +88,10 @@ def _measure(cases: list[Case], timer: Timer, seconds: float, seed: int, tell: P
             if spent > seconds and passes > MIN_PASSES:
                 break
             if spent > 2 * seconds and passes <= 1:
-                raise InputError(f"calibrate: {seconds:g} s are too few: one pass over {len(cases)} cases had done "
-                                 f"{done} after {spent:.3g} s; give more seconds or a smaller model")
+                raise InputError(
+                    f"calibrate: {seconds:g} s are too few: one pass over {len(cases)} cases had done "
+                    f"{done} after {spent:.3g} s; give more seconds or a smaller model"
+                )
         passes += 1
     tell("calibrating", seconds, seconds)
     return {place: values[1:] for place, values in samples.items()}
@@ -109,7 +118,14 @@ def with_residuals(table: MeasuredTable) -> MeasuredTable:
     if count < 4:
         return table
     kept = [place for place in range(count) if place not in held]
-    fit = TableFit(dataclasses.replace(
-        table, sizes=tuple(table.sizes[p] for p in kept), seconds=tuple(table.seconds[p] for p in kept), spread=(), samples=()))
+    fit = TableFit(
+        dataclasses.replace(
+            table,
+            sizes=tuple(table.sizes[p] for p in kept),
+            seconds=tuple(table.seconds[p] for p in kept),
+            spread=(),
+            samples=(),
+        )
+    )
     errors = [abs(fit.lookup(table.sizes[p]).seconds - table.seconds[p]) / table.seconds[p] for p in held]
     return dataclasses.replace(table, residual=float(np.median(errors)), residual_max=float(np.max(errors)))

@@ -6,6 +6,7 @@ It knows flops, bytes and routes, never experts. One file in the catalog describ
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from moesim.errors import InputError, did_you_mean
@@ -109,7 +110,8 @@ class HardwareSpec:
     references: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for part in (*self.devices.values(), *self.memories.values(), *self.links.values(), *self.fabrics):
+        parts: list[Device | Memory | Link | Fabric] = [*self.devices.values(), *self.memories.values()]
+        for part in [*parts, *self.links.values(), *self.fabrics]:
             self._check_part(part)
         for device in self.devices.values():
             self._check_end(f"device {device.name!r}", device.memory)
@@ -146,9 +148,7 @@ class HardwareSpec:
         }
         key, options = allowed[type(part)]
         if getattr(part, key) not in options:
-            raise InputError(
-                f"{where}: {key} {getattr(part, key)!r}.{did_you_mean(getattr(part, key), options)}"
-            )
+            raise InputError(f"{where}: {key} {getattr(part, key)!r}.{did_you_mean(getattr(part, key), options)}")
         if isinstance(part, Fabric) and part.scope not in SCOPES:
             raise InputError(f"{where}: scope {part.scope!r}.{did_you_mean(part.scope, SCOPES)}")
         if self.references and part.reference not in self.references:
@@ -158,9 +158,7 @@ class HardwareSpec:
 
     def _check_end(self, where: str, name: str) -> None:
         if name not in self.memories:
-            raise InputError(
-                f"hardware {self.name!r}: {where}: no memory {name!r}.{did_you_mean(name, self.memories)}"
-            )
+            raise InputError(f"hardware {self.name!r}: {where}: no memory {name!r}.{did_you_mean(name, self.memories)}")
 
     @property
     def num_ranks(self) -> int:
@@ -183,9 +181,7 @@ class HardwareSpec:
     def device(self, name: str) -> Device:
         """Return a device; raises InputError with a suggestion."""
         if name not in self.devices:
-            raise InputError(
-                f"hardware {self.name!r} has no device {name!r}.{did_you_mean(name, self.devices)}"
-            )
+            raise InputError(f"hardware {self.name!r} has no device {name!r}.{did_you_mean(name, self.devices)}")
         return self.devices[name]
 
     def devices_of_kind(self, *kinds: str) -> list[Device]:
@@ -214,8 +210,5 @@ class HardwareSpec:
             path = nx.shortest_path(graph, source, target, weight="weight")
         except nx.NetworkXNoPath:
             raise InputError(f"hardware {self.name!r}: no route from {source!r} to {target!r}") from None
-        names = [
-            min(graph[a][b], key=lambda key: graph[a][b][key]["weight"])
-            for a, b in zip(path, path[1:], strict=False)
-        ]
+        names = [min(graph[a][b], key=lambda key: graph[a][b][key]["weight"]) for a, b in itertools.pairwise(path)]
         return [self.links[name] for name in names]

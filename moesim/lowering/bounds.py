@@ -70,9 +70,7 @@ class ExpertParallelBound:
         tokens = np.bincount(home, minlength=self.num_ranks)
         context = context_sums(self.trace.position[step.rows], home, self.num_ranks)
         heads = np.bincount(self.home[last_rows(step)], minlength=self.num_ranks)
-        attention = self._by_rank(
-            "attention", tokens, lambda r: attention_work(model, int(tokens[r]), int(context[r]))
-        )
+        attention = self._by_rank("attention", tokens, lambda r: attention_work(model, int(tokens[r]), int(context[r])))
         router = self._by_rank("router", tokens, lambda r: router_work(model, int(tokens[r])))
         dense = self._by_rank("dense", tokens, lambda r: dense_work(model, int(tokens[r])))
         head = self._by_rank("head", heads, lambda r: head_work(model, int(heads[r])))

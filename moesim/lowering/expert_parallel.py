@@ -8,8 +8,9 @@ many of its experts live there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -136,11 +137,7 @@ class ExpertParallelProgram:
                 lambda r: attention_work(self.model, int(tokens[r]), int(context[r])),
             )
             if layer in moe_index:
-                done = (
-                    self._lower_moe(
-                        step, moe_index[layer], slots[:, moe_index[layer]], home, tokens, attention
-                    ),
-                )
+                done = (self._lower_moe(step, moe_index[layer], slots[:, moe_index[layer]], home, tokens, attention),)
             else:
                 done = tuple(
                     self._on_ranks(
@@ -177,9 +174,7 @@ class ExpertParallelProgram:
                 lambda r: shared_work(self.model, int(tokens[r])),
             )
         width = self.model.hidden_size
-        dispatched = self._all_to_all(
-            "dispatch", step, layer, traffic.sent, width * self.dispatch_bytes, router
-        )
+        dispatched = self._all_to_all("dispatch", step, layer, traffic.sent, width * self.dispatch_bytes, router)
         experts = self._experts(step, layer, traffic, dispatched)
         back = self._all_to_all(
             "combine", step, layer, traffic.sent.T, width * self.model.activation_bytes, experts or dispatched
@@ -197,9 +192,7 @@ class ExpertParallelProgram:
         per_rank = traffic.slot_tokens.reshape(self.plan.num_ranks, self.plan.slots_per_rank)
         tasks = []
         for rank, counts in enumerate(per_rank):
-            work = experts_work(
-                self.model, int(counts.sum()), int(np.count_nonzero(counts)), int(counts.max())
-            )
+            work = experts_work(self.model, int(counts.sum()), int(np.count_nonzero(counts)), int(counts.max()))
             if work.tokens:
                 cost = self.cost.grouped_ffn(self.cost.hardware.ranks[rank], work)
                 num_bytes = round(work.groups * work.bytes_per_group)
@@ -226,7 +219,7 @@ class ExpertParallelProgram:
         layer: int,
         tokens: np.ndarray,
         deps: list[int] | tuple[int, ...],
-        work_of,
+        work_of: Callable[[int], DenseWork],
     ) -> list[int]:
         """Add one dense task per rank that has tokens. The dependencies of the same rank come first in `deps`."""
         tasks = []
@@ -313,9 +306,7 @@ class ExpertParallelProgram:
         stay = self.graph.add("barrier", -1, 0, deps, step=step.index, layer=layer, tokens=stayed)
         return [stay, *arrived]
 
-    def _add(
-        self, kind: str, resource: int, cost: Cost, deps: list[int], step: Step, layer: int, **labels: float
-    ) -> int:
+    def _add(self, kind: str, resource: int, cost: Cost, deps: list[int], step: Step, layer: int, **labels: Any) -> int:
         overhead = self.cost.task_overhead(kind).seconds
         return self.graph.add(
             kind,
@@ -326,4 +317,4 @@ class ExpertParallelProgram:
             step=step.index,
             layer=layer,
             **labels,
-        )  # type: ignore[arg-type]
+        )

@@ -112,9 +112,7 @@ class TaskGraph:
         """Add one task and return its id. A task on a resource takes at least 1 ns."""
         task = len(self.kind)
         if any(not 0 <= dep < task for dep in deps):
-            raise CheckError(
-                f"task {task} ({kind}) waits for {list(deps)}; a task may only wait for earlier ones"
-            )
+            raise CheckError(f"task {task} ({kind}) waits for {list(deps)}; a task may only wait for earlier ones")
         self.kind.append(kind)
         self.resource.append(resource)
         self.duration_ns.append(0 if resource < 0 else max(1, int(duration_ns)))

@@ -153,9 +153,7 @@ def offload_machine(
     cpu = next((c for c in cpus if c.node == chosen.node), cpus[0])
     if slow_memory is None:
         others = [
-            m
-            for m in hardware.memories.values()
-            if m.name != chosen.memory and m.kind in ("dram", "unified", "flash")
+            m for m in hardware.memories.values() if m.name != chosen.memory and m.kind in ("dram", "unified", "flash")
         ]
         ranked = sorted(others, key=lambda m: (m.kind == "flash", m.node != chosen.node))
         if not ranked:

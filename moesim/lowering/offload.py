@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -104,9 +105,7 @@ class OffloadProgram:
         prefetcher: Prefetcher | None = None,
     ) -> None:
         trace.check_model(model)
-        machine.check_memory(
-            model, cache.num_slots, max((_kv_tokens(trace, step) for step in steps), default=0)
-        )
+        machine.check_memory(model, cache.num_slots, max((_kv_tokens(trace, step) for step in steps), default=0))
         if policy.miss != "load" and not machine.cpu_sees_experts:
             raise InputError(
                 f"miss: {policy.miss} needs the experts in the CPU's memory, but they lie in {machine.slow_memory!r}"
@@ -132,9 +131,7 @@ class OffloadProgram:
         if done:
             yield done[0]
 
-    def _lower_step(
-        self, step: Step, number: int, done: tuple[int, ...]
-    ) -> Generator[int, None, tuple[int, ...]]:
+    def _lower_step(self, step: Step, number: int, done: tuple[int, ...]) -> Generator[int, None, tuple[int, ...]]:
         tokens, context = len(step.rows), int(np.sum(self.trace.position[step.rows] + 1))
         moe_index = {layer: place for place, layer in enumerate(self.model.moe_layers)}
         for layer in range(self.model.num_layers):
@@ -294,9 +291,7 @@ class OffloadProgram:
                 )
             elif resource >= 0:
                 cost = self.machine.activation_copy(self.cost, num_bytes)
-                last = self._add(
-                    kind, resource, cost, [last], at.step, at.layer, expert=expert, num_bytes=num_bytes
-                )
+                last = self._add(kind, resource, cost, [last], at.step, at.layer, expert=expert, num_bytes=num_bytes)
         self.cache_counts["cpu_misses"][at.layer] += 1
         at.tasks.append(last)
 
@@ -351,9 +346,7 @@ class OffloadProgram:
             flops=work.flops,
         )
 
-    def _add(
-        self, kind: str, resource: int, cost: Cost, deps: list[int], step: Step, layer: int, **labels: float
-    ) -> int:
+    def _add(self, kind: str, resource: int, cost: Cost, deps: list[int], step: Step, layer: int, **labels: Any) -> int:
         seconds = cost.seconds + self.cost.task_overhead(kind).seconds
         return self.graph.add(
             kind,
@@ -365,12 +358,8 @@ class OffloadProgram:
             step=step.index,
             layer=layer,
             **labels,
-        )  # type: ignore[arg-type]
+        )
 
 
 def _kv_tokens(trace: RoutingTrace, step: Step) -> int:
-    return (
-        int(np.sum(trace.position[step.rows].astype(np.int64) + 1))
-        if step.phase == "decode"
-        else len(step.rows)
-    )
+    return int(np.sum(trace.position[step.rows].astype(np.int64) + 1)) if step.phase == "decode" else len(step.rows)

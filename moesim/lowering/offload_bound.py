@@ -71,9 +71,7 @@ def _load_s(cost: CostModel, link: Link, num_bytes: int, chunks: int) -> float:
     return max(0.0, min(whole, pieces) - chunks * link.latency_s)
 
 
-def _fixed_s(
-    model: ModelSpec, trace: RoutingTrace, step: Step, machine: OffloadMachine, cost: CostModel
-) -> float:
+def _fixed_s(model: ModelSpec, trace: RoutingTrace, step: Step, machine: OffloadMachine, cost: CostModel) -> float:
     """Seconds of everything in a step but the routed experts."""
     tokens, context = len(step.rows), int(np.sum(trace.position[step.rows] + 1))
     parts = [("attention", attention_work(model, tokens, context))] * model.num_layers
@@ -83,9 +81,7 @@ def _fixed_s(
         model.num_moe_layers if model.shared_intermediate_size else 0
     )
     parts += [("head", head_work(model, head_rows(step)))]
-    return sum(
-        cost.dense(machine.device, work).seconds + cost.task_overhead(kind).seconds for kind, work in parts
-    )
+    return sum(cost.dense(machine.device, work).seconds + cost.task_overhead(kind).seconds for kind, work in parts)
 
 
 def _expert_seconds(

@@ -45,17 +45,13 @@ class Transfers:
         self._fetches: dict[int, _Fetch] = {}
         self._users: dict[int, list[int]] = {}
         self._staging = [num_slots + place for place in range(STAGING_SLOTS)]
-        self._hop_costs = [
-            [cost.copy(link.name, size) for link in machine.route] for size in self.chunk_bytes
-        ]
+        self._hop_costs = [[cost.copy(link.name, size) for link in machine.route] for size in self.chunk_bytes]
         overhead = cost.task_overhead("load").seconds
         self._hop_ns = [[ns_from_s(hop.seconds + overhead) for hop in hops] for hops in self._hop_costs]
 
     def seconds(self) -> float:
         """Seconds to fetch one expert with nothing in the way (all chunks over the slowest link, one over the others)."""
-        per_link = [
-            sum(hops[place].seconds for hops in self._hop_costs) for place in range(len(self.machine.route))
-        ]
+        per_link = [sum(hops[place].seconds for hops in self._hop_costs) for place in range(len(self.machine.route))]
         first = [hop.seconds for hop in self._hop_costs[0]]
         return max(per_link) + sum(first) - max(first)
 
@@ -80,7 +76,8 @@ class Transfers:
         layer, expert = divmod(key, self.num_experts)
         chunks = []
         for place, size in enumerate(self.chunk_bytes):
-            deps, hops = [after, *users], []
+            deps: list[int] = [after, *users]
+            hops: list[int] = []
             for link, resource in enumerate(self.machine.route_indexes):
                 task = self.graph.add(
                     kind,
@@ -144,17 +141,13 @@ class Transfers:
         if self.has_arrived(key):
             return False
         fetch = self._fetches[key]
-        waiting = [
-            task for hops in fetch.chunks for task in reversed(hops) if not self._view.is_started(task)
-        ]
+        waiting = [task for hops in fetch.chunks for task in reversed(hops) if not self._view.is_started(task)]
         if not waiting:
             return False
         for task in waiting:
             self._view.cancel(task)
         gone = set(waiting)
-        self._users[fetch.slot] = [
-            task for hops in fetch.chunks for task in hops[-1:] + hops[:-1] if task not in gone
-        ]
+        self._users[fetch.slot] = [task for hops in fetch.chunks for task in hops[-1:] + hops[:-1] if task not in gone]
         del self._fetches[key]
         return True
 

@@ -21,13 +21,9 @@ def attention_work(model: ModelSpec, tokens: int, context: int) -> DenseWork:
     flops = 2 * tokens * model.attention_params + context * model.attention.score_flops_per_context_token()
     weights = model.attention_params * model.other_weight_bytes
     num_bytes = (
-        weights
-        + context * model.kv_bytes_per_token_layer
-        + 2 * tokens * model.hidden_size * model.activation_bytes
+        weights + context * model.kv_bytes_per_token_layer + 2 * tokens * model.hidden_size * model.activation_bytes
     )
-    return DenseWork(
-        "attention", attention_shape(model), tokens, flops, num_bytes, compute_dtype(model), context
-    )
+    return DenseWork("attention", attention_shape(model), tokens, flops, num_bytes, compute_dtype(model), context)
 
 
 def _matrix_work(model: ModelSpec, op: str, shape: str, tokens: int, params: int) -> DenseWork:
@@ -37,9 +33,7 @@ def _matrix_work(model: ModelSpec, op: str, shape: str, tokens: int, params: int
 
 def router_work(model: ModelSpec, tokens: int) -> DenseWork:
     """The router of one layer."""
-    return _matrix_work(
-        model, "router", router_shape(model), tokens, model.router_params
-    )
+    return _matrix_work(model, "router", router_shape(model), tokens, model.router_params)
 
 
 def shared_work(model: ModelSpec, tokens: int) -> DenseWork:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -138,4 +139,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-_RUNNERS = {"expert_parallel": _run_expert_parallel, "offload": _run_offload, "validation": _run_validation}
+_RUNNERS: dict[str, Callable[..., StudyResult]] = {
+    "expert_parallel": _run_expert_parallel,
+    "offload": _run_offload,
+    "validation": _run_validation,
+}

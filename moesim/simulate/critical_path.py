@@ -49,14 +49,10 @@ def critical_path(graph: TaskGraph, tasks: pd.DataFrame) -> pd.DataFrame:
             cursor = int(end[task])
     rows = [(resource, kind, time_ns, count) for (resource, kind), (time_ns, count) in spent.items()]
     frame = pd.DataFrame(rows, columns=["resource", "kind", "time_ns", "num_tasks"])
-    return frame.sort_values(
-        ["time_ns", "resource", "kind"], ascending=[False, True, True], ignore_index=True
-    )
+    return frame.sort_values(["time_ns", "resource", "kind"], ascending=[False, True, True], ignore_index=True)
 
 
-def _previous_on_resource(
-    resource: np.ndarray, start: np.ndarray, end: np.ndarray, done: np.ndarray
-) -> np.ndarray:
+def _previous_on_resource(resource: np.ndarray, start: np.ndarray, end: np.ndarray, done: np.ndarray) -> np.ndarray:
     """int64[task]: the task on the same resource with the latest end not after this one's start, or -1."""
     before = np.full(len(resource), -1, np.int64)
     for index in np.unique(resource[done & (resource >= 0)]):

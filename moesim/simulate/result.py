@@ -76,9 +76,7 @@ def read_result(path: str | os.PathLike[str]) -> SimulationResult:
         raise InputError(f"{path}: no such result folder")
     head = read_json(folder / "summary.json", SCHEMA)
     tables = {
-        name: _read_table(folder / f"{name}.parquet")
-        for name in TABLES
-        if (folder / f"{name}.parquet").is_file()
+        name: _read_table(folder / f"{name}.parquet") for name in TABLES if (folder / f"{name}.parquet").is_file()
     }
     if "tasks" not in tables:
         raise InputError(f"{path}: the table tasks.parquet is missing")

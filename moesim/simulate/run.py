@@ -111,9 +111,7 @@ def transfer_table(tasks: pd.DataFrame) -> pd.DataFrame:
     """Return resource, kind, num_transfers, num_bytes, busy_ns of everything that was copied."""
     copies = tasks[(tasks["state"] == DONE) & tasks["kind"].isin(COPY_KINDS) & (tasks["resource"] != "")]
     grouped = copies.groupby(["resource", "kind"], sort=True)
-    frame = grouped.agg(
-        num_transfers=("task", "size"), num_bytes=("num_bytes", "sum"), busy_ns=("duration_ns", "sum")
-    )
+    frame = grouped.agg(num_transfers=("task", "size"), num_bytes=("num_bytes", "sum"), busy_ns=("duration_ns", "sum"))
     return frame.reset_index()
 
 
@@ -130,15 +128,10 @@ def summarise(tables: dict[str, pd.DataFrame], warmup_steps: int) -> dict[str, A
         "num_tasks": len(on_resource),
         "makespan_s": s_from_ns(int(done["end_ns"].max() - done["start_ns"].min())),
         "step_time_s": elapsed_s / len(steps),
-        "decode_step_time_s": s_from_ns(int(decode["duration_ns"].sum())) / len(decode)
-        if len(decode)
-        else None,
+        "decode_step_time_s": s_from_ns(int(decode["duration_ns"].sum())) / len(decode) if len(decode) else None,
         "tokens_per_s": float(steps["tokens"].sum()) / elapsed_s,
         "bound_by": {str(name): float(value) for name, value in (path / path.sum()).items()},
-        "cost_sources": on_resource.loc[on_resource["source"] != "", "source"]
-        .value_counts()
-        .sort_index()
-        .to_dict(),
+        "cost_sources": on_resource.loc[on_resource["source"] != "", "source"].value_counts().sort_index().to_dict(),
         "num_cancelled": int((tasks["state"] != DONE).sum()),
     }
     if "cache" in tables:

@@ -161,5 +161,7 @@ class Scheduler:
                 f"{len(stuck)} tasks never ran, the first are {stuck[:3]}; the program waits for {self._awaited}"
             )
         state = np.where(np.asarray(self._phase) == _DONE, DONE, CANCELLED)
-        columns = (self._ready, self._start, self._end, self._priority)
-        return task_table(self.graph, *(np.asarray(column, dtype=np.int64) for column in columns), state)
+        ready, start, end, priority = (
+            np.asarray(column, dtype=np.int64) for column in (self._ready, self._start, self._end, self._priority)
+        )
+        return task_table(self.graph, ready, start, end, priority, state)

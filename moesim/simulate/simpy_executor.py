@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import pandas as pd
 import simpy
+from simpy.events import EventPriority
 
 from moesim.lowering.graph import Program
 from moesim.simulate.scheduler import Scheduler
 
-SETTLE_PRIORITY = 9
+SETTLE_PRIORITY = EventPriority(9)
 
 
 class SimpyExecutor:
@@ -53,8 +54,9 @@ class SimpyExecutor:
             timeout.callbacks.append(self._finish)
 
     def _finish(self, timeout: simpy.Event) -> None:
-        self._free[self._graph.resource[timeout.value]] += 1
-        self._scheduler.complete(timeout.value)
+        task = int(timeout.value)  # type: ignore[arg-type]
+        self._free[self._graph.resource[task]] += 1
+        self._scheduler.complete(task)
         self._settle_soon()
 
 

@@ -58,8 +58,6 @@ def read_study(path: str | os.PathLike[str]) -> StudyResult:
     body = read_json(path, SCHEMA)
     try:
         table = pd.DataFrame(body["rows"], columns=body["columns"])
-        return StudyResult(
-            body["name"], body["kind"], body["title"], table, tuple(body["notes"]), body["provenance"]
-        )
+        return StudyResult(body["name"], body["kind"], body["title"], table, tuple(body["notes"]), body["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a study: {error!r}") from None

@@ -98,7 +98,7 @@ class RoutingTrace:
     def take(self, rows: np.ndarray) -> RoutingTrace:
         """Return the trace of these rows (an index or mask over tokens; whole requests, or runs of one)."""
         rows = np.asarray(rows)
-        optional = {
+        optional: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name)[rows]
             for name in ("gate_weights", "token_id")
         }
@@ -182,7 +182,7 @@ def _check_ids(trace: RoutingTrace) -> None:
         raise InputError(
             f"trace: token {token}, layer {layer} names an expert twice: {ids[token, layer].tolist()}"
         )
-    if trace.phase.size and not (0 <= trace.phase.min() and trace.phase.max() < len(PHASES)):
+    if trace.phase.size and not (trace.phase.min() >= 0 and trace.phase.max() < len(PHASES)):
         raise InputError(f"trace: phase must be 0 ... {len(PHASES) - 1} ({', '.join(PHASES)})")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,15 +45,11 @@ class ProbePlan:
 class Samples:
     """Seconds measured so far, by (kind, size)."""
 
-    seconds: dict[tuple[str, tuple[float, ...]], list[float]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
+    seconds: dict[tuple[str, tuple[float, ...]], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, tasks: pd.DataFrame) -> None:
         """Take the durations of a probe's tasks."""
-        columns = (
-            tasks[name].to_numpy() for name in ("kind", "tokens", "context", "num_bytes", "duration_ns")
-        )
+        columns = (tasks[name].to_numpy() for name in ("kind", "tokens", "context", "num_bytes", "duration_ns"))
         for kind, tokens, context, num_bytes, duration_ns in zip(*columns, strict=True):
             if kind != "barrier":
                 self.seconds[_size_key(kind, int(tokens), int(context), int(num_bytes))].append(
@@ -121,7 +118,8 @@ class ProbeProgram:
     def _chain(self, tasks: list[tuple[str, int, int]]) -> tuple[int, ...]:
         last: tuple[int, ...] = ()
         for place in self._random.permutation(len(tasks)).tolist():
-            last = (self._emit(*tasks[place], last),)
+            kind, tokens, extra = tasks[place]
+            last = (self._emit(kind, tokens, extra, last),)
         return last
 
     def _round(self) -> list[tuple[str, int, int]]:
@@ -129,23 +127,9 @@ class ProbeProgram:
         plan = self._plan
         contexts = [("attention", n, n * c) for n in plan.step_tokens for c in plan.contexts]
         steps = [(kind, n, 0) for kind in ("router", "head") for n in plan.step_tokens]
-        experts = [
-            (kind, n, 0)
-            for n in plan.expert_tokens
-            for kind in ("expert", *(("cpu_expert",) * plan.with_cpu))
-        ]
-        moves = (
-            [(kind, 1, 0) for kind in ("send", "receive")]
-            if plan.with_cpu and self._machine.out_index >= 0
-            else []
-        )
-        return (
-            contexts
-            + steps
-            + experts * 2
-            + moves
-            + [("load", 0, chunk) for chunk in range(len(plan.chunk_bytes))]
-        )
+        experts = [(kind, n, 0) for n in plan.expert_tokens for kind in ("expert", *(("cpu_expert",) * plan.with_cpu))]
+        moves = [(kind, 1, 0) for kind in ("send", "receive")] if plan.with_cpu and self._machine.out_index >= 0 else []
+        return contexts + steps + experts * 2 + moves + [("load", 0, chunk) for chunk in range(len(plan.chunk_bytes))]
 
     def _emit(self, kind: str, tokens: int, extra: int, after: tuple[int, ...]) -> int:
         model, machine = self._model, self._machine
@@ -155,7 +139,7 @@ class ProbeProgram:
             "send": machine.out_index,
             "receive": machine.in_index,
         }.get(kind, machine.compute_index)
-        labels = {
+        labels: dict[str, Any] = {
             "layer": int(self._random.integers(model.num_moe_layers)),
             "expert": int(self._random.integers(model.num_experts)),
             "slot": int(self._random.integers(self._num_slots)),
@@ -191,7 +175,9 @@ def probe(
     program = ProbeProgram(model, machine, plan, num_slots, rounds, seed, copies)
     tasks = run_torch(program, world, device=device)
     is_copy = (tasks["kind"] == "load").to_numpy()
-    both_until = min(tasks.loc[is_copy, "end_ns"].max(), tasks.loc[~is_copy & (tasks["resource"] != ""), "end_ns"].max())
+    both_until = min(
+        tasks.loc[is_copy, "end_ns"].max(), tasks.loc[~is_copy & (tasks["resource"] != ""), "end_ns"].max()
+    )
     beside.add(tasks[tasks["end_ns"] <= both_until])
     return Block(alone, beside)
 

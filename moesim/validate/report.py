@@ -107,11 +107,7 @@ def compare(
         _row(kind, int(counts.get(kind, 0)), float(guess.get(kind, 0.0)), real[kind].dropna().to_numpy())
         for kind in sorted(real.columns)
     ]
-    total = [
-        _row(
-            END_TO_END, len(measured[-1]), float(runs["predicted_s"].median()), runs["measured_s"].to_numpy()
-        )
-    ]
+    total = [_row(END_TO_END, len(measured[-1]), float(runs["predicted_s"].median()), runs["measured_s"].to_numpy())]
     if len(measured) < FEW_SAMPLES:
         notes = (*notes, f"only {len(measured)} repetitions: too few for a spread to mean much")
     columns = ["kind", "num_tasks", "predicted_s", "measured_s", "spread", "error"]

@@ -43,10 +43,7 @@ class TorchExecutor:
 
     def run(self) -> pd.DataFrame:
         """Run to the end and return the ``tasks`` table (ns since the start of the run)."""
-        threads = [
-            threading.Thread(target=self._lane, args=(place,), daemon=True)
-            for place in range(len(self._wake))
-        ]
+        threads = [threading.Thread(target=self._lane, args=(place,), daemon=True) for place in range(len(self._wake))]
         with self._lock:
             for thread in threads:
                 thread.start()

@@ -112,9 +112,7 @@ class OffloadWorld:
             raise InputError(f"the real run has no kernel for tasks of kind {kind!r}")
 
     def _expert(self, rows: Any, blob: Any) -> Any:
-        return expert_ffn(
-            rows, blob.view(self._dtype), self.model.hidden_size, self.model.expert_intermediate_size
-        )
+        return expert_ffn(rows, blob.view(self._dtype), self.model.hidden_size, self.model.expert_intermediate_size)
 
     def _copy(self, key: int, slot: int, chunk: int) -> None:
         low, high = self._cuts[chunk], self._cuts[chunk + 1]
