@@ -19,6 +19,7 @@ from moesim.cli_common import (
 )
 
 if TYPE_CHECKING:
+    from moesim.traces.stats import TraceStats
     from moesim.traces.trace import RoutingTrace
 
 trace_app = typer.Typer(help="Routing traces: import, capture, synthesise, describe.", no_args_is_help=True)
@@ -63,6 +64,16 @@ def stats(
         return
     facts = {"phase": found.phase, "num_tokens": found.num_tokens, "num_requests": found.num_requests}
     show_pairs(trace, [(key, format_value(key, value)) for key, value in (facts | found.summary()).items()])
+    curve = [(f"{size} of {found.expert_load.shape[1]} experts per layer", f"{100 * real:.1f} % | {100 * mixed:.1f} %")
+             for size, real, mixed in _curve_points(found)]
+    show_pairs("LRU hit rate: in order | tokens shuffled", curve)
+
+
+def _curve_points(found: TraceStats) -> list[tuple[int, float, float]]:
+    """Return (size, hit rate, hit rate of shuffled tokens) at up to eight sizes of the LRU curve, its ends among them."""
+    last = len(found.lru_sizes) - 1
+    places = sorted({round(last * step / 7) for step in range(8)})
+    return [(int(found.lru_sizes[p]), float(found.lru_hit_rate[p]), float(found.lru_hit_rate_shuffled[p])) for p in places]
 
 
 @trace_app.command("import")
