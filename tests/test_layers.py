@@ -199,7 +199,7 @@ def test_import_is_quick() -> None:
 
 
 def test_help_is_quick() -> None:
-    """`moesim --help` takes less than a second of CPU time."""
+    """`moesim --help` takes less than two seconds of CPU time (half of one on a quiet machine)."""
     times = []
     for _ in range(3):
         before = os.times()
@@ -207,4 +207,4 @@ def test_help_is_quick() -> None:
                        cwd=PACKAGE.parent)
         after = os.times()
         times.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert 0 < statistics.median(times) < 1.0
+    assert 0 < statistics.median(times) < 2.0

@@ -35,7 +35,7 @@ def execute(notebook, folder: Path, trace: Path | str | None = None):
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
     if trace is not None:
         env["MOESIM_NOTEBOOK_TRACE"] = str(trace)
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
+    client = nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3",
                                      resources={"metadata": {"path": str(folder)}})
     return client.execute(env=env)
 
