@@ -58,7 +58,7 @@ def offload_study() -> StudyResult:
                              "resident_fraction": slots / 32, "hit_rate": hit_rate,
                              "htod_bytes_per_token": (1 - hit_rate) * 1.2e9, "stall_fraction": 1 - hit_rate,
                              "tpot_s": tpot_s, "tpot_bound_s": bound_s, "tpot_gap": 1 - bound_s / tpot_s,
-                             "tokens_per_s": 1 / tpot_s, "bound_by": "fetch"})
+                             "tokens_per_s": 1 / tpot_s, "bound_by": "fetch", "sees_future": policy == "belady"})
     return StudyResult("cache", "offload", "What should stay in 8 GB?", pd.DataFrame(rows), (), {"seed": 1})
 
 

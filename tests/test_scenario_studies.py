@@ -13,6 +13,7 @@ import pytest
 from moesim.artifacts import write_text
 from moesim.errors import InputError
 from moesim.placement.plan import read_plan
+from moesim.report.tables import best_row
 from moesim.scenario.expert_parallel import ExpertParallelSetup
 from moesim.scenario.inputs import load_inputs
 from moesim.scenario.load import load_scenario
@@ -158,6 +159,19 @@ def test_offload_rows_are_consistent(tiny_folder: Path) -> None:
         assert row.htod_bytes_per_token == pytest.approx((1 - row.hit_rate) * uses_per_token * expert_bytes)
         assert row.tokens_per_s == pytest.approx(1 / row.tpot_s)
     assert (table["hit_rate"].to_numpy()[1::2] >= table["hit_rate"].to_numpy()[::2]).all()
+
+
+def test_what_sees_the_future_is_never_the_answer(tiny_folder: Path) -> None:
+    """Belady in both forms, and an oracle with a width in its label, are references: not kept, not the headline."""
+    points = ("      - {policy: [lru, belady, belady-bypass], slots_per_layer: 4}\n"
+              "      - {policy: lru, slots_per_layer: 4, prefetch: [oracle, transition]}")
+    path = changed(tiny_folder, (OFFLOAD_POINTS, points))
+    outcome = run_scenario(load_scenario(path), tiny_folder / "seen", QuietReporter(), only="one-gpu")
+    assert outcome.studies[0].table["sees_future"].tolist() == [False, True, True, True, False]
+    assert not best_row(outcome.studies[0])["sees_future"]
+    (kept,) = [file.name for file in outcome.files if file.name.endswith(".result")]
+    assert "belady" not in kept
+    assert "oracle" not in kept
 
 
 @pytest.mark.parametrize("workload", [

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 WIDTH = 110
 MISSING = "-"
 END_TO_END = "end to end"
-FORESIGHT = ("belady", "oracle")
 BEST_MARK = "*"
 BEST_NOTE = f"{BEST_MARK} best of its column"
 _FRACTIONS = ("fraction", "gap", "rate", "share", "error", "spread", "percent", "utilisation")
@@ -74,7 +73,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("hit_rate", "hit\nrate", "high"), Column("htod_bytes_per_token", "HtoD per\ntoken", "low"),
         Column("stall_fraction", "stalled", "low"), Column("tpot_s", "time per\ntoken", "low"),
         Column("tpot_bound_s", "bound"), Column("tpot_gap", "gap", "low"),
-        Column("tokens_per_s", "tokens\nper s", "high"), Column("bound_by", "limited by")),
+        Column("tokens_per_s", "tokens\nper s", "high"), Column("bound_by", "limited by"),
+        Column("sees_future", "sees the\nfuture", wide=True)),
     "validation": (
         Column("kind", "task kind"), Column("num_tasks", "tasks"), Column("predicted_s", "predicted"),
         Column("measured_s", "measured"), Column("spread", "spread"), Column("error", "error", "zero")),
@@ -278,8 +278,7 @@ def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
 def best_row(study: StudyResult) -> pd.Series:
     """Return the row that answers the study's question: the shortest step, or the most tokens per second.
 
-    An offload row whose policy or prefetcher knows the future (``belady``, ``oracle``) answers only if there
-    is no other. For a validation: the ``end to end`` row of the largest error; else such a task kind.
+    An offload row that `sees_future` (its policy or prefetcher is built from it) answers only if there is no other. For a validation: the ``end to end`` row of the largest error; else such a task kind.
 
     Raises:
         InputError: see `check_study`, or no row has a number there.
@@ -307,8 +306,10 @@ def _extreme(study: StudyResult, table: pd.DataFrame, key: str, better: str,
 
 
 def _knows_future(table: pd.DataFrame) -> pd.Series:
-    """bool[row]: whether an offload row's policy or prefetcher is an oracle."""
-    return table["policy"].isin(FORESIGHT) | table["prefetch"].isin(FORESIGHT)
+    """bool[row]: whether an offload row's policy or prefetcher saw the future."""
+    if "sees_future" not in table.columns:
+        return pd.Series(False, index=table.index)
+    return table["sees_future"].astype(bool)
 
 
 def errors(table: pd.DataFrame) -> list[float]:

@@ -21,6 +21,7 @@ from moesim.placement.plan import PlacementPlan, read_plan
 from moesim.placement.problem import PlacementProblem
 from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note
 from moesim.scenario.schema import ExpertParallelStudy, PlanChoice
+from moesim.simulate.critical_path import bounded_by
 from moesim.simulate.result import SimulationResult
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
@@ -171,7 +172,7 @@ class ExpertParallelSetup:
             "step_time_gap": (step_s - bound_s) / step_s,
             "tokens_per_s": tokens_per_s,
             "tokens_per_s_bound": tokens_per_s * step_s / bound_s,
-            "bound_by": _bound_by(result),
+            "bound_by": bounded_by(result.tables["critical_path"]),
             "objective_gap": plan.provenance.get("gap"),
         }
 
@@ -201,9 +202,3 @@ class ExpertParallelSetup:
         self.check()
         for choice in self.study.placement.plans:
             yield self.point(choice)
-
-
-def _bound_by(result: SimulationResult) -> str:
-    """The kind of task that takes most of the critical path, with its share."""
-    path = result.tables["critical_path"].groupby("kind")["time_ns"].sum()
-    return f"{path.idxmax()} {100 * path.max() / path.sum():.0f}%"

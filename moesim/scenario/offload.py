@@ -11,9 +11,15 @@ import numpy as np
 
 from moesim.cache.cache import ExpertCache
 from moesim.cache.policies.static import popular_keys
-from moesim.cache.policy import AccessStream, PolicyContext, access_stream, make_policy
-from moesim.cache.prefetch import PrefetchContext, Prefetcher, make_prefetcher
-from moesim.errors import InputError
+from moesim.cache.policy import (
+    POLICIES,
+    AccessStream,
+    PolicyContext,
+    access_stream,
+    information_level,
+    make_policy,
+)
+from moesim.cache.prefetch import PREFETCHERS, SEES_FUTURE, PrefetchContext, Prefetcher, make_prefetcher
 from moesim.hardware.cost import CostModel
 from moesim.lowering.machine import OffloadMachine, offload_machine
 from moesim.lowering.offload import OffloadPolicy, OffloadProgram
@@ -21,6 +27,7 @@ from moesim.lowering.offload_bound import OffloadBound, offload_bound
 from moesim.model.spec import ModelSpec
 from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note
 from moesim.scenario.schema import NO_PREFETCH, OffloadStudy, Point
+from moesim.simulate.critical_path import bounded_by
 from moesim.simulate.result import SimulationResult
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
@@ -33,7 +40,7 @@ BOUND_NOTE = (
     "Bound: no eviction, admission or prefetch policy with these slots can be faster under the same costs: the fewest possible "
     "misses (offline optimum with bypass), shared between link and CPU at best, and the device's own work."
 )
-FORESIGHT_NOTE = "belady and oracle know the future: they are references, not policies to deploy."
+FORESIGHT_NOTE = "Policies and prefetchers that know the future (belady, oracle ...) are references, not to be deployed."
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,8 @@ class OffloadSetup:
             "tpot_gap": (elapsed_s - bound.total_s) / elapsed_s,
             "tokens_per_s": summary["tokens_per_s"],
             "requests_at_once": batch,
-            "bound_by": _bound_by(result),
+            "sees_future": sees_future(point),
+            "bound_by": bounded_by(result.tables["critical_path"]),
         }
 
     @property
@@ -227,6 +235,14 @@ class OffloadSetup:
             yield self.point(point)
 
 
+def sees_future(point: Point) -> bool:
+    """Return whether a point's policy or prefetcher is built from the future (by the level that it declares)."""
+    plugins: list[object] = [POLICIES[point.policy]]
+    if point.prefetch != NO_PREFETCH:
+        plugins.append(PREFETCHERS[point.prefetch])
+    return any(information_level(plugin, "a plug-in") in SEES_FUTURE for plugin in plugins)
+
+
 def point_label(point: Point) -> str:
     """Return a short name for a point, fit for a file name."""
     parts: Sequence[str] = (
@@ -243,11 +259,3 @@ def _prefetch_label(point: Point) -> str:
         return NO_PREFETCH
     recall = "" if point.prefetch_recall is None else f" r{point.prefetch_recall:g}"
     return f"{point.prefetch} {point.prefetch_width}{recall}"
-
-
-def _bound_by(result: SimulationResult) -> str:
-    """The kind of task that takes most of the critical path, with its share."""
-    path = result.tables["critical_path"].groupby("kind")["time_ns"].sum()
-    if path.empty:
-        raise InputError("the run has no task")
-    return f"{path.idxmax()} {100 * path.max() / path.sum():.0f}%"

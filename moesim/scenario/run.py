@@ -95,8 +95,7 @@ def _run_offload(run: _Run, study: OffloadStudy) -> StudyResult:
         rows.append(point.row)
         sources.update(point.result.summary["cost_sources"])
         run.reporter.point_done(study.name, point.row)
-        foreseen = point.row["policy"] == "belady" or point.row["prefetch"].startswith(("oracle", "stated"))
-        if not foreseen and (best is None or point.row["tokens_per_s"] > best.row["tokens_per_s"]):
+        if not point.row["sees_future"] and (best is None or point.row["tokens_per_s"] > best.row["tokens_per_s"]):
             best = point
     if best is not None:
         _write_best(run, f"{study.name}.{best.label}", best.result)

@@ -52,6 +52,12 @@ def critical_path(graph: TaskGraph, tasks: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(["time_ns", "resource", "kind"], ascending=[False, True, True], ignore_index=True)
 
 
+def bounded_by(path: pd.DataFrame) -> str:
+    """Return the kind of task that takes most of a critical path, with its share: ``load 93%``."""
+    by_kind = path.groupby("kind")["time_ns"].sum()
+    return f"{by_kind.idxmax()} {100 * by_kind.max() / by_kind.sum():.0f}%"
+
+
 def _previous_on_resource(resource: np.ndarray, start: np.ndarray, end: np.ndarray, done: np.ndarray) -> np.ndarray:
     """int64[task]: the task on the same resource with the latest end not after this one's start, or -1."""
     before = np.full(len(resource), -1, np.int64)

@@ -24,7 +24,7 @@ class StudyResult:
       cross_rank_fraction, cross_node_fraction, cross_rank_bytes_per_step, cross_node_bytes_per_step,
       step_time_s, step_time_bound_s, step_time_gap, tokens_per_s, tokens_per_s_bound, bound_by, objective_gap;
     - ``offload``: policy, prefetch, miss, slots_per_layer, resident_fraction, hit_rate, htod_bytes_per_token,
-      stall_fraction, tpot_s, tpot_bound_s, tpot_gap, tokens_per_s, bound_by;
+      stall_fraction, tpot_s, tpot_bound_s, tpot_gap, tokens_per_s, bound_by, sees_future;
     - ``validation``: kind, num_tasks, predicted_s, measured_s, spread, error (rows per task kind and
       one ``end to end`` row per repetition summary).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from moesim.cache.policy import PolicyContext
 
 
-class BasePolicy:
+class BasePolicy(ABC):
     """The parts that most policies share. Keys are ``layer * num_experts + expert``."""
 
     information: ClassVar[str] = "I1"
@@ -37,18 +38,18 @@ class BasePolicy:
         """Return whether `key` should take the place of `victim` (False: `key` stays outside)."""
         return True
 
-    def touch(self, key: int, now: int) -> None:
+    def touch(self, key: int, now: int) -> None:  # noqa: B027 (a hook that a policy may leave out)
         """Note that `key` was used by access `now`."""
 
-    def insert(self, key: int, now: int) -> None:
+    def insert(self, key: int, now: int) -> None:  # noqa: B027
         """Note that `key` became resident during access `now`."""
 
-    def evict(self, key: int) -> None:
+    def evict(self, key: int) -> None:  # noqa: B027
         """Note that `key` is no longer resident."""
 
+    @abstractmethod
     def victim(self, candidates: Sequence[int], now: int) -> int:
         """Return the candidate that leaves."""
-        raise NotImplementedError
 
 
 class RankedPolicy(BasePolicy):
@@ -59,9 +60,9 @@ class RankedPolicy(BasePolicy):
     old one is corrected when it comes up, so that a use which raises the rank costs no heap operation.
     """
 
+    @abstractmethod
     def worth(self, key: int, now: int) -> int:
         """Return what `key`, used by or inserted during access `now`, is worth keeping."""
-        raise NotImplementedError
 
     def attach(self, slots_per_layer: int, shared: bool) -> None:
         """Make one heap per pool."""
