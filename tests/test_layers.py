@@ -21,7 +21,8 @@ PACKAGE = Path(moesim.__file__).parent
 ORDER = (
     "errors", "units", "artifacts", "registry", "model", "traces", "hardware", "calibrate", "placement",
     "cache", "lowering", "simulate", "validate", "export", "report", "scenario", "cli")
-HEAVY = ("torch", "transformers", "matplotlib")
+HEAVY = ("torch", "transformers", "matplotlib", "numba")
+KERNELS = "placement/kernels/"  # compiled loops import numba at the top, and are imported inside functions only
 MAX_CODE_LINES, MAX_FILE_LINES = 40, 400
 UNIT_LITERALS = {"1e9", "1e-9", "1e6", "1e-6", "1_000_000_000", "1000000000"}
 
@@ -110,7 +111,8 @@ def test_heavy_packages_load_late() -> None:
     """torch, transformers and matplotlib are imported only inside functions."""
     wrong = [f"{file.relative_to(PACKAGE)}:{line}: {name}" for file in module_files()
              for line, name in module_level_imports(ast.parse(file.read_text()))
-             if name.split(".")[0] in HEAVY]
+             if name.split(".")[0] in HEAVY and not (name == "numba" and KERNELS in file.as_posix())
+             or ".kernels." in name and KERNELS not in file.as_posix()]
     assert not wrong, "\n".join(wrong)
 
 
@@ -123,7 +125,7 @@ def unit_literals(source: str) -> list[tuple[int, str]]:
 
 # a tolerance or a floor is not a conversion; each is named here with what it is
 NOT_CONVERSIONS = {
-    ("placement/bounds.py", "1e-9"): "the rounding within which a plan meets its bound",
+    ("placement/balance_result.py", "1e-9"): "the rounding within which a plan meets its bound",
     ("traces/synth.py", "1e-9"): "the floor that keeps every expert drawable",
     ("traces/stats.py", "1e-6"): "the size of a tie-break",
 }

@@ -1,7 +1,7 @@
 """Metrics of a placement plan: rank loads and their imbalance, kept transitions, fan-out, slot choice.
 
-The tokens of a replicated expert are split evenly over its slots (the rule of EPLB and of the engines
-that load its plans). Three projects use three balance figures; each has its own name here.
+The tokens of a replicated expert are split over its slots by the plan's shares: evenly (the rule of EPLB and
+of the engines that load its plans) unless the plan says otherwise. Three projects use three balance figures; each has its own name here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from moesim.errors import InputError
 from moesim.placement.plan import PlacementPlan
 from moesim.traces.trace import RoutingTrace
 
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 def slot_load(plan: PlacementPlan, load: np.ndarray) -> np.ndarray:
-    """Return float64[layer, slot], tokens per slot of a load float[layer, expert] split evenly over replicas.
+    """Return float64[layer, slot], tokens per slot of a load float[layer, expert], by the plan's shares.
 
     Raises:
         InputError: the load is not [layer, expert] of the plan.
@@ -22,8 +24,7 @@ def slot_load(plan: PlacementPlan, load: np.ndarray) -> np.ndarray:
     expected = (plan.num_layers, plan.num_experts)
     if np.shape(load) != expected:
         raise InputError(f"metrics: load must be [layer, expert] = {expected}, got {np.shape(load)}")
-    share = np.asarray(load, np.float64) / plan.replica_count
-    return np.take_along_axis(share, plan.physical_to_logical.astype(np.intp), axis=1)
+    return np.take_along_axis(np.asarray(load, np.float64), plan.physical_to_logical.astype(np.intp), axis=1) * plan.share
 
 
 def rank_load(plan: PlacementPlan, load: np.ndarray) -> np.ndarray:
@@ -57,14 +58,14 @@ def balancedness(plan: PlacementPlan, load: np.ndarray) -> np.ndarray:
 def presence(plan: PlacementPlan, layer: int) -> np.ndarray:
     """Return float64[expert, rank], the part of an expert's tokens that goes to each rank (rows sum to 1)."""
     parts = np.zeros((plan.num_experts, plan.num_ranks))
-    np.add.at(parts, (plan.physical_to_logical[layer], plan.slot_rank), 1.0)
-    return parts / plan.replica_count[layer][:, None]
+    np.add.at(parts, (plan.physical_to_logical[layer], plan.slot_rank), plan.share[layer])
+    return parts
 
 
 def kept_transitions(plan: PlacementPlan, transitions: np.ndarray, ranks_per_node: int) -> dict[str, float]:
     """Return the fractions of transitions that stay on their ``rank`` and on their ``node``.
 
-    A replicated expert counts by expectation under the even split: with ``a[i, r]`` the part of expert i
+    A replicated expert counts by expectation under the plan's split: with ``a[i, r]`` the part of expert i
     on rank r, the pair (i, j) is kept with ``sum_r a[i, r] a'[j, r]``. With one home each this is 0 or 1.
 
     Args:
@@ -97,8 +98,9 @@ def slot_of_token(
 ) -> np.ndarray:
     """Return int32[token, layer, k], the slot that computes each (token, layer, expert); -1 where padded.
 
-    The n-th use of an expert in a layer goes to its replica ``n mod replicas``, replicas in rising slot
-    order: deterministic, and each replica's tokens are within one of an even split.
+    Under an even split the n-th use of an expert in a layer goes to its replica ``n mod replicas``, replicas in
+    rising slot order. Under stated shares it goes to the replica whose cumulated share passes ``(n phi) mod 1``,
+    phi the golden ratio (a low-discrepancy sequence: every prefix is split nearly as stated). Deterministic.
 
     Args:
         plan: the plan.
@@ -114,7 +116,8 @@ def slot_of_token(
     order = None if token_index is None else np.argsort(np.asarray(token_index), kind="stable")
     for layer in range(plan.num_layers):
         ids = expert_ids[:, layer] if order is None else expert_ids[order, layer]
-        chosen = _layer_slots(plan.logical_to_physical[layer], plan.replica_count[layer], ids.ravel())
+        shares = None if plan.slot_share is None else plan.slot_share[layer]
+        chosen = _layer_slots(plan.logical_to_physical[layer], plan.replica_count[layer], ids.ravel(), shares)
         slots[slice(None) if order is None else order, layer] = chosen.reshape(ids.shape)
     return slots
 
@@ -174,7 +177,7 @@ def _check_ids(plan: PlacementPlan, expert_ids: np.ndarray, token_index: np.ndar
         raise InputError(f"metrics: token_index must have shape {tokens}, got {np.shape(token_index)}")
 
 
-def _layer_slots(table: np.ndarray, replicas: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _layer_slots(table: np.ndarray, replicas: np.ndarray, ids: np.ndarray, shares: np.ndarray | None) -> np.ndarray:
     """Return int32[use], the slot of each use of an expert in one layer, in order of use."""
     slots = np.append(table[:, 0], np.int32(-1))[ids]  # id -1 (padding) takes the last entry
     shared = np.flatnonzero(np.append(replicas > 1, False)[ids])
@@ -184,7 +187,12 @@ def _layer_slots(table: np.ndarray, replicas: np.ndarray, ids: np.ndarray) -> np
     uses = np.bincount(keys, minlength=len(table))
     turn = np.empty(len(ids), np.int64)
     turn[order] = np.arange(len(ids)) - np.repeat(np.cumsum(uses) - uses, uses)
-    slots[shared] = table[ids, turn % replicas[ids]]
+    if shares is None:
+        slots[shared] = table[ids, turn % replicas[ids]]
+    else:
+        upto = np.cumsum(np.where(table >= 0, shares[table], 0.0), axis=1)
+        point = (turn + 1) * _GOLDEN % 1.0 * upto[ids, -1]
+        slots[shared] = table[ids, (upto[ids] <= point[:, None]).sum(axis=1)]
     return slots
 
 

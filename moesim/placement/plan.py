@@ -14,6 +14,7 @@ from moesim.artifacts import read_json, write_json
 from moesim.errors import CheckError, InputError
 
 SCHEMA = "moesim.plan/1"
+_SHARE_SUM = 1e-7
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class PlacementPlan:
 
     Attributes:
         physical_to_logical: int32[layer, slot], the logical expert in each slot. An expert may fill
-            several slots (replicas, on one rank or several); its tokens are split evenly over them.
+            several slots (replicas, on one rank or several).
+        slot_share: float64[layer, slot], the part of its expert's tokens that each slot serves; the shares of
+            an expert's slots sum to 1. None (what most engines do): an even split over the replicas.
         num_ranks, num_experts: ranks, and logical experts per layer.
         provenance: solver, seed, status, objective, bound, digests of the inputs.
 
@@ -34,11 +37,16 @@ class PlacementPlan:
     num_ranks: int
     num_experts: int
     provenance: dict[str, Any] = field(default_factory=dict)
+    slot_share: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         slots = np.array(self.physical_to_logical, dtype=np.int32)
         slots.setflags(write=False)
         object.__setattr__(self, "physical_to_logical", slots)
+        if self.slot_share is not None:
+            shares = np.array(self.slot_share, dtype=np.float64)
+            shares.setflags(write=False)
+            object.__setattr__(self, "slot_share", shares)
         self.check()
 
     def check(self) -> None:
@@ -60,6 +68,20 @@ class PlacementPlan:
             raise CheckError(
                 f"plan: expert {expert} of layer {layer} has no slot ({len(missing)} such experts)"
             )
+        if self.slot_share is not None:
+            self._check_shares(self.slot_share)
+
+    def _check_shares(self, shares: np.ndarray) -> None:
+        if shares.shape != self.physical_to_logical.shape or not np.all(shares >= 0):
+            raise CheckError(f"plan: slot_share must be {self.physical_to_logical.shape} and not negative")
+        sums = np.zeros((self.num_layers, self.num_experts))
+        layers = np.repeat(np.arange(self.num_layers), self.num_slots)
+        np.add.at(sums, (layers, self.physical_to_logical.ravel()), shares.ravel())
+        wrong = np.argwhere(~np.isclose(sums, 1.0, rtol=0, atol=_SHARE_SUM))
+        if len(wrong):
+            layer, expert = wrong[0]
+            raise CheckError(f"plan: the shares of expert {expert} in layer {layer} sum to "
+                             f"{sums[layer, expert]:.6g}, not 1")
 
     @property
     def num_layers(self) -> int:
@@ -90,6 +112,13 @@ class PlacementPlan:
         return counts
 
     @cached_property
+    def share(self) -> np.ndarray:
+        """float64[layer, slot], the part of its expert's tokens that each slot serves (even without `slot_share`)."""
+        if self.slot_share is not None:
+            return self.slot_share
+        return 1.0 / np.take_along_axis(self.replica_count, self.physical_to_logical.astype(np.intp), axis=1)
+
+    @cached_property
     def logical_to_physical(self) -> np.ndarray:
         """int32[layer, expert, replica], slots of each expert in rising order, -1 padded."""
         table = np.full((self.num_layers, self.num_experts, int(self.replica_count.max())), -1, np.int32)
@@ -109,6 +138,8 @@ class PlacementPlan:
             "provenance": self.provenance,
             "physical_to_logical": self.physical_to_logical.tolist(),
         }
+        if self.slot_share is not None:
+            body["slot_share"] = self.slot_share.tolist()
         return write_json(path, SCHEMA, body)
 
 
@@ -119,8 +150,10 @@ def read_plan(path: str | os.PathLike[str]) -> PlacementPlan:
         rows = [np.asarray(row, dtype=np.int64) for row in body["physical_to_logical"]]
         if len({len(row) for row in rows}) != 1:
             raise InputError(f"{path}: the rows of physical_to_logical differ in length")
+        shares = body.get("slot_share")
         return PlacementPlan(
-            np.stack(rows), int(body["num_ranks"]), int(body["num_experts"]), body.get("provenance", {})
+            np.stack(rows), int(body["num_ranks"]), int(body["num_experts"]), body.get("provenance", {}),
+            None if shares is None else np.asarray(shares, dtype=np.float64),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a placement plan: {error!r}") from None

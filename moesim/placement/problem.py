@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesim.errors import CheckError, InputError
+from moesim.placement.constraints import Constraints
 from moesim.placement.plan import PlacementPlan
+from moesim.placement.step_cost import StepCost
+from moesim.placement.step_sample import ExchangeRates, StepSample
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class PlacementProblem:
         expert_bytes: int64[layer], bytes of one expert of a layer.
         memory_bytes_per_rank: bytes for experts on one rank (inf: not limited).
         num_groups: expert groups of group-limited routing (EPLB's hierarchical policy packs them to nodes).
+        steps: token sets step by step, for the objectives that need them (fan-out, step time).
+        step_cost: what a layer of a step costs on the machine (step time).
+        rates: linear rates on mean counts (the bottleneck objective).
+        current: the plan that is loaded now, from which experts would have to move (migration).
+        constraints: pins, pairs kept apart, capacities.
 
     Raises:
         InputError: too few slots, ranks that are not whole nodes, slots that do not fit in memory.
@@ -36,6 +44,11 @@ class PlacementProblem:
     expert_bytes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     memory_bytes_per_rank: float = float("inf")
     num_groups: int = 1
+    steps: StepSample | None = None
+    step_cost: StepCost | None = None
+    rates: ExchangeRates | None = None
+    current: PlacementPlan | None = None
+    constraints: Constraints = field(default_factory=Constraints)
 
     def __post_init__(self) -> None:
         load = np.array(self.expert_load, dtype=np.float64)
@@ -57,6 +70,12 @@ class PlacementProblem:
             )
         self._check_transitions()
         self._check_memory()
+        self.constraints.check_names(self.num_layers, self.num_experts, self.num_ranks, self.num_nodes)
+        if self.steps is not None and self.steps.expert_ids.shape[1] != self.num_layers:
+            raise InputError(f"placement: the steps have {self.steps.expert_ids.shape[1]} layers, the loads "
+                             f"{self.num_layers}")
+        if self.current is not None:
+            self.check_shape(self.current)
 
     def _check_transitions(self) -> None:
         if self.transitions is None:
@@ -96,7 +115,15 @@ class PlacementProblem:
         return self.num_ranks // self.ranks_per_node
 
     def check(self, plan: PlacementPlan) -> None:
-        """Raise CheckError unless `plan` is a valid answer to this problem."""
+        """Raise CheckError unless `plan` is a valid answer to this problem, constraints included."""
+        self.check_shape(plan)
+        plan.check()
+        broken = self.constraints.broken(plan, self.ranks_per_node) if self.constraints else []
+        if broken:
+            raise CheckError(f"plan: it breaks {len(broken)} constraints, first: {broken[0]}")
+
+    def check_shape(self, plan: PlacementPlan) -> None:
+        """Raise CheckError unless `plan` has the problem's layers, slots, ranks and experts."""
         shape = (self.num_layers, self.num_slots)
         if plan.physical_to_logical.shape != shape:
             raise CheckError(
@@ -106,4 +133,3 @@ class PlacementProblem:
             raise CheckError(f"plan: made for {plan.num_ranks} ranks, the problem has {self.num_ranks}")
         if plan.num_experts != self.num_experts:
             raise CheckError(f"plan: made for {plan.num_experts} experts, the problem has {self.num_experts}")
-        plan.check()

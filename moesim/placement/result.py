@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from moesim.placement.certificate import Certificate
 from moesim.placement.plan import PlacementPlan
 
 
@@ -24,9 +25,13 @@ class SolveStatus(enum.Enum):
 
 @dataclass(frozen=True)
 class SolveResult:
-    """A plan or none. `objective` is minimised; `objective_bound` is proven (no plan can be lower), or None.
+    """A plan or none, with its objective and what is proven about it.
 
-    `objective_name` says what was minimised, in words with the unit.
+    Attributes:
+        objective_name: what was minimised or maximised (`sense`), in words with the unit.
+        objective_bound: proven: no plan is lower (``min``) or higher (``max``); None without a proof.
+        bound_method: how it was proven, e.g. ``counting``, ``b-matching``, ``chain SDP``, ``enumeration``.
+        certificate: the multipliers of the proof, where it has any.
     """
 
     solver: str
@@ -37,10 +42,23 @@ class SolveResult:
     objective_bound: float | None
     time_s: float
     seed: int
+    sense: str = "min"
+    bound_method: str = ""
+    certificate: Certificate | None = None
 
     @property
     def gap(self) -> float | None:
-        """``(objective - bound) / objective``, in 0 ... 1; None without a proven bound."""
+        """`relative_gap` of objective and bound; None without a proven bound."""
         if self.objective is None or self.objective_bound is None:
             return None
-        return 0.0 if self.objective <= 0 else max(0.0, (self.objective - self.objective_bound) / self.objective)
+        return relative_gap(self.objective, self.objective_bound, self.sense)
+
+
+def relative_gap(objective: float, bound: float, sense: str = "min") -> float:
+    """Return the share that could still be won, in 0 ... 1.
+
+    ``(objective - bound) / objective`` where the objective is minimised, ``(bound - objective) / bound`` where it
+    is maximised: never flattered by a large part of the objective that no plan can touch.
+    """
+    larger, smaller = (objective, bound) if sense == "min" else (bound, objective)
+    return 0.0 if larger <= 0 else max(0.0, (larger - smaller) / larger)

@@ -7,7 +7,8 @@ import time
 import numpy as np
 
 from moesim.errors import InputError, unknown
-from moesim.placement.bounds import balance_result, copies_by_load
+from moesim.placement.balance_result import balance_result
+from moesim.placement.bounds import copies_by_load
 from moesim.placement.problem import PlacementProblem
 from moesim.placement.result import SolveResult
 from moesim.placement.solvers.lpt import pack

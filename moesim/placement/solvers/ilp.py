@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moesim.errors import InputError, SolverError, unknown
-from moesim.placement.bounds import balance_bound, balance_result, copies_by_load
+from moesim.placement.balance_result import balance_result
+from moesim.placement.bounds import balance_bound, copies_by_load
 from moesim.placement.problem import PlacementProblem
 from moesim.placement.result import SolveResult
 from moesim.placement.solvers.lpt import lpt_row

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from moesim.placement.bounds import balance_result
+from moesim.placement.balance_result import balance_result
 from moesim.placement.problem import PlacementProblem
 from moesim.placement.result import SolveResult
 

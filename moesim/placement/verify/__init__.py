@@ -1,0 +1,1 @@
+"""Re-check bounds and plans with code that shares nothing with the solvers (see `verify.verify`)."""
