@@ -16,7 +16,7 @@ from moesim.placement.solvers import SOLVERS, Solver
 from moesim.traces.stats import load_counts, transition_counts
 from moesim.traces.trace import RoutingTrace
 
-_COMMON = ("seed", "time_limit_s")
+_COMMON = ("seed", "time_limit_s", "starts", "progress")
 
 
 def place(problem: PlacementProblem, solver: str, *, seed: int = 0, time_limit_s: float = 10.0,
