@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from moesim.placement.result import SolveResult
 from moesim.placement.solvers.affinity import affinity
+from moesim.placement.solvers.auto import auto
 from moesim.placement.solvers.contiguous import contiguous
 from moesim.placement.solvers.eplb import eplb
 from moesim.placement.solvers.ilp import ilp
@@ -25,4 +26,5 @@ SOLVERS: Registry[Solver] = Registry("placement solver", "moesim.solvers", {
     "eplb": eplb,
     "affinity": affinity,
     "ilp": ilp,
+    "auto": auto,
 })
