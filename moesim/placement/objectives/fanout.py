@@ -10,19 +10,36 @@ from moesim.placement.plan import PlacementPlan
 from moesim.placement.problem import PlacementProblem
 
 
+def slots_by_step(problem: PlacementProblem, plan: PlacementPlan) -> np.ndarray:
+    """Return int32[token, layer, k], the slot of each use (-1 pads), counted anew in every step as engines do."""
+    steps = problem.steps
+    assert steps is not None
+    if plan.slot_share is None and int(plan.replica_count.max()) == 1:
+        return slot_of_token(plan, steps.expert_ids)  # one slot per expert: nothing is counted
+    cuts = steps.starts
+    return np.concatenate([slot_of_token(plan, steps.expert_ids[first:last])
+                           for first, last in zip(cuts, cuts[1:], strict=False)])
+
+
+def layer_fanout(problem: PlacementProblem, plan: PlacementPlan) -> dict[str, np.ndarray]:
+    """Return int64[layer], the distinct ``ranks`` and ``nodes`` of all tokens, summed."""
+    slots = slots_by_step(problem, plan)
+    ranks = np.where(slots < 0, -1, slots // plan.slots_per_rank)
+    nodes = np.where(slots < 0, -1, ranks // problem.ranks_per_node)
+    return {"ranks": _distinct(ranks), "nodes": _distinct(nodes)}
+
+
 def mean_fanout(problem: PlacementProblem, plan: PlacementPlan) -> dict[str, float]:
     """Return the mean number of distinct ``ranks`` and ``nodes`` that a token's experts of one layer lie on."""
     assert problem.steps is not None
-    slots = slot_of_token(plan, problem.steps.expert_ids, problem.steps.step)
-    ranks = np.where(slots < 0, -1, slots // plan.slots_per_rank)
-    nodes = np.where(slots < 0, -1, ranks // problem.ranks_per_node)
-    return {"ranks": _mean_distinct(ranks), "nodes": _mean_distinct(nodes)}
+    return {name: float(sums.sum()) / (len(problem.steps.expert_ids) * plan.num_layers)
+            for name, sums in layer_fanout(problem, plan).items()}
 
 
-def _mean_distinct(places: np.ndarray) -> float:
+def _distinct(places: np.ndarray) -> np.ndarray:
     rising = np.sort(places, axis=2)
     first = np.concatenate([np.ones_like(rising[..., :1], bool), rising[..., 1:] != rising[..., :-1]], axis=2)
-    return float(np.mean(np.sum(first & (rising >= 0), axis=2)))
+    return np.sum(first & (rising >= 0), axis=(0, 2), dtype=np.int64)
 
 
 def _score(problem: PlacementProblem, plan: PlacementPlan) -> float:
