@@ -10,8 +10,9 @@ import typer
 from moesim import __version__
 from moesim.cli_catalog import hardware_app, model_app
 from moesim.cli_common import JsonFlag, OneLineErrors, console, emit_json, output_folder, plain, show_files
+from moesim.cli_export import export
 from moesim.cli_measure import calibrate, validate
-from moesim.cli_place import export, place
+from moesim.cli_place import place_app
 from moesim.cli_simulate import simulate
 from moesim.cli_trace import trace_app
 
@@ -110,10 +111,10 @@ def schema(
 
 
 app.add_typer(trace_app, name="trace")
+app.add_typer(place_app, name="place")
 app.add_typer(hardware_app, name="hardware")
 app.add_typer(model_app, name="model")
 app.command()(calibrate)
-app.command()(place)
 app.command()(simulate)
 app.command()(validate)
 app.command()(export)

@@ -1,8 +1,8 @@
-"""``moesim place`` and ``moesim export``: make a plan, and hand it to a serving engine."""
+"""``moesim place``: make a plan, compare solvers, replan as the load moves, verify what a plan claims."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,175 +14,228 @@ from moesim.cli_common import (
     NumNodes,
     OptionList,
     SeedOption,
+    add_row,
+    console,
     emit_json,
-    parse_options,
+    new_table,
     show_files,
     show_pairs,
 )
-from moesim.errors import InputError
+from moesim.cli_place_options import (
+    ApartOption,
+    BatchOption,
+    ExecutionOption,
+    FromOption,
+    HardwareOption,
+    HoldoutOption,
+    ModelOption,
+    NodeCapacityOption,
+    ObjectiveOption,
+    PinOption,
+    ProfileOption,
+    RankCapacityOption,
+    RedundantOption,
+    TimeOption,
+    TraceOption,
+    check_seconds,
+    place_request,
+    read_constraints,
+    solver_options,
+)
+from moesim.errors import CheckError, InputError
 
 if TYPE_CHECKING:
-    from moesim.hardware.spec import HardwareSpec
-    from moesim.model.spec import ModelSpec
-    from moesim.placement.plan import PlacementPlan
-    from moesim.placement.result import SolveResult
-    from moesim.traces.trace import RoutingTrace
+    from moesim.scenario.placing import PlaceRequest
 
-PERFETTO = "perfetto"
+place_app = typer.Typer(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 
 
+@place_app.callback()
 def place(
-    trace: Annotated[str, typer.Option(help="A *.trace.parquet file or builtin:NAME.")],
-    model: Annotated[str, typer.Option(help="A catalog name, a config.json or its folder.")],
-    hardware: Annotated[str, typer.Option(help="A catalog name or a YAML file.")],
-    out: Annotated[Path, typer.Option(help="The *.plan.json file to write.")],
+    context: typer.Context,
+    trace: TraceOption = None,
+    hardware: HardwareOption = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The *.plan.json file to write.")] = None,
+    model: ModelOption = None,
+    profile: ProfileOption = None,
     num_nodes: NumNodes = 1,
     gpus_per_node: GpusPerNode = None,
-    solver: Annotated[str, typer.Option(help="contiguous, random, lpt, eplb, affinity, ilp ...")] = "lpt",
-    redundant_experts: Annotated[int, typer.Option(min=0, help="Further slots per layer, on all GPUs.")] = 0,
-    time_limit: Annotated[float, typer.Option(help="Seconds for the search.")] = 10.0,
-    train_fraction: Annotated[float, typer.Option(
-        help="Share of the requests to plan from, the others judge; 1: all, none judge.")] = 0.5,
+    solver: Annotated[str, typer.Option(help="auto, or one solver; `moesim place compare` tries all.")] = "auto",
+    objective: ObjectiveOption = None,
+    redundant_experts: RedundantOption = 0,
+    time_limit: TimeOption = 10.0,
+    prove: Annotated[float, typer.Option(help="Further seconds to spend on the bound.")] = 0.0,
+    holdout: HoldoutOption = 0.5,
+    execution: ExecutionOption = "home",
+    batch_size: BatchOption = None,
+    current: FromOption = None,
+    pin: PinOption = [],  # noqa: B006
+    apart: ApartOption = [],  # noqa: B006
+    rank_capacity: RankCapacityOption = [],  # noqa: B006
+    node_capacity: NodeCapacityOption = [],  # noqa: B006
     option: OptionList = [],  # noqa: B006
     seed: SeedOption = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Decide which GPU holds which expert, and judge the plan on requests it has not seen."""
-    from moesim.hardware.load import load_hardware
-    from moesim.model.catalog import load_model
-    from moesim.placement.place import place as solve
-    from moesim.traces.store import read_trace, resolve_trace
-
-    spec = load_model(model)
-    machine = load_hardware(hardware, num_nodes=num_nodes, gpus_per_node=gpus_per_node)
-    _check_seconds(time_limit)
-    whole = read_trace(resolve_trace(trace))
-    whole.check_model(spec)
-    train, judge = _split(whole, train_fraction, seed)
-    problem = _problem(train, spec, machine, redundant_experts)
-    result = solve(problem, solver, seed=seed, time_limit_s=time_limit, **_solver_options(option))
-    facts = {"model": spec.name, "trace": trace, "trace_digest": whole.digest(), "hardware": machine.name,
-             "num_nodes": machine.num_nodes, "train_fraction": train_fraction}
-    plan = _with_provenance(result, facts)
-    _tell(result, _judge(plan, judge, machine.ranks_per_node), plan.write(out), json)
-
-
-def _check_seconds(value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise InputError(f"--time-limit must be a positive number of seconds, got {value}")
-
-
-def _split(trace: RoutingTrace, fraction: float, seed: int) -> tuple[RoutingTrace, RoutingTrace | None]:
-    from moesim.traces.split import split_requests
-
-    return (trace, None) if fraction == 1 else split_requests(trace, fraction, seed)
-
-
-def _problem(trace: RoutingTrace, model: ModelSpec, machine: HardwareSpec, redundant_experts: int) -> Any:
-    """Return the placement problem, with the memory that the rest of the model leaves on a rank."""
-    from moesim.placement.place import problem_from_trace
-
-    if not machine.num_ranks:
-        raise InputError(f"hardware {machine.name!r} has no GPUs to place experts on")
-    free = min(machine.memory_of(rank).num_bytes for rank in machine.ranks) - model.non_expert_bytes
-    return problem_from_trace(
-        trace, num_ranks=machine.num_ranks, ranks_per_node=machine.ranks_per_node,
-        redundant_experts=redundant_experts, expert_bytes=model.expert_bytes, memory_bytes_per_rank=free,
-        num_groups=model.num_groups)
-
-
-def _solver_options(pairs: list[str]) -> dict[str, Any]:
-    options = parse_options(pairs)
-    for key, flag in (("seed", "--seed"), ("time_limit_s", "--time-limit")):
-        if key in options:
-            raise InputError(f"--option {key}: give it as {flag}")
-    for key in ("problem", "solver"):
-        if key in options:
-            raise InputError(f"--option {key}: no solver has an option of this name")
-    return options
-
-
-def _with_provenance(result: SolveResult, facts: dict[str, Any]) -> PlacementPlan:
-    import dataclasses
-
-    assert result.plan is not None  # place() raises otherwise
-    return dataclasses.replace(result.plan, provenance=result.plan.provenance | facts)
-
-
-def _judge(plan: PlacementPlan, trace: RoutingTrace | None, ranks_per_node: int) -> dict[str, Any]:
-    """Return the plan's figures on held-out requests (none without any)."""
-    from moesim.placement.metrics import imbalance, kept_transitions, rank_load
-    from moesim.traces.stats import load_counts, transition_counts
-
-    if trace is None:
-        return {}
-    load = load_counts(trace)
-    ranks = rank_load(plan, load)
-    facts = {"imbalance_held_out": float(ranks.max(axis=1).sum() / ranks.mean(axis=1).sum()),
-             "imbalance_held_out_worst_layer": float(imbalance(plan, load).max())}
-    if trace.num_layers > 1:
-        kept = kept_transitions(plan, transition_counts(trace), ranks_per_node)
-        facts |= {f"kept_on_{scope}_fraction": value for scope, value in kept.items()}
-    return facts
-
-
-def _tell(result: SolveResult, judged: dict[str, Any], out: Path, json: bool) -> None:
-    facts = {"solver": result.solver, "status": result.status.value, "objective_name": result.objective_name,
-             "objective": result.objective, "objective_bound": result.objective_bound, "gap": result.gap,
-             "time_s": result.time_s, "seed": result.seed, **judged}
-    if json:
-        emit_json({**facts, "file": out})
+    """Decide which GPU holds which expert, prove how good that is, and judge it on requests it has not seen."""
+    if context.invoked_subcommand is not None:
         return
-    from moesim.report.tables import format_value
+    if out is None:
+        raise InputError("missing option --out (-o). Try 'moesim place --help'.")
+    check_seconds("--time-limit", time_limit)
+    check_seconds("--prove", prove, zero=True)
+    request = place_request(
+        trace=trace, hardware=hardware, current=current, model=model, profile=profile, num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node, redundant_experts=redundant_experts, holdout=holdout, execution=execution,
+        batch_size=batch_size, seed=seed, constraints=read_constraints(pin, apart, rank_capacity, node_capacity))
+    if solver == "auto" and objective is None:
+        objective = "auto"
+    search = {"solver": solver, "objective": objective, "time_limit_s": time_limit, "prove_s": prove,
+              "options": solver_options(option)}
+    _place(request, search, out, json)
 
-    show_pairs("Placement", [(key, format_value(key, value)) for key, value in facts.items()])
-    show_files([out])
+
+def _place(request: PlaceRequest, search: dict[str, Any], out: Path, json: bool) -> None:
+    from moesim.scenario.place_run import run_place
+
+    with _progress(quiet=json) as listener:
+        outcome = run_place(request, out=out, listener=listener, **search)
+    if json:
+        emit_json({**outcome.facts, "plans": outcome.rows, "warnings": outcome.warnings,
+                   "file": outcome.files[0], "files": outcome.files})
+        return
+    from moesim.report.placement import PLAN_COLUMNS, plan_row
+
+    show_pairs("Placement", outcome.shown_facts())
+    table = new_table(f"Judged on {outcome.judged_on}", *PLAN_COLUMNS)
+    for row in outcome.rows:
+        add_row(table, *plan_row(row))
+    console().print()
+    console().print(table)
+    for text in outcome.warnings:
+        typer.echo(f"warning: {text}", err=True)
+    show_files(outcome.files)
 
 
-def export(
-    source: Annotated[Path, typer.Argument(help="A *.plan.json, or a *.result folder for perfetto.")],
-    to: Annotated[str, typer.Option(help="perfetto, sglang, tensorrt-llm, eplb or exflow.")],
-    out: Annotated[Path, typer.Option(help="The file to write.")],
-    model: Annotated[str | None, typer.Option(help="The plan's model (default: as the plan says).")] = None,
-    overlay: Annotated[Path | None, typer.Option(
-        help="A second *.result, of a real run, to lay over the first (perfetto).")] = None,
+def _progress(*, quiet: bool) -> Any:
+    from moesim.scenario.search_line import search_line
+
+    return search_line(console(stderr=True), quiet=quiet)
+
+
+@place_app.command()
+def compare(
+    trace: TraceOption = None,
+    hardware: HardwareOption = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("results/place-compare"),
+    model: ModelOption = None,
+    profile: ProfileOption = None,
+    num_nodes: NumNodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    solvers: Annotated[str | None, typer.Option(help="Names with commas between (default: all).")] = None,
+    objective: ObjectiveOption = "auto",
+    redundant_experts: RedundantOption = 0,
+    time_limit: Annotated[float, typer.Option(help="Seconds for each solver.")] = 10.0,
+    prove: Annotated[float, typer.Option(help="Seconds to spend on the bound.")] = 5.0,
+    holdout: HoldoutOption = 0.5,
+    execution: ExecutionOption = "home",
+    batch_size: BatchOption = None,
+    current: FromOption = None,
+    seed: SeedOption = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Write a plan as a file that a serving engine loads, or a run as a timeline."""
-    if to == PERFETTO:
-        _export_timeline(source, out, overlay, json)
+    """Run every solver on one trace; table and picture of quality against time, the bound as a line."""
+    from moesim.placement.constraints import Constraints
+    from moesim.report.placement import COMPARE_COLUMNS, compare_row
+    from moesim.scenario.place_compare import run_compare
+
+    check_seconds("--time-limit", time_limit)
+    check_seconds("--prove", prove, zero=True)
+    request = place_request(
+        trace=trace, hardware=hardware, current=current, model=model, profile=profile, num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node, redundant_experts=redundant_experts, holdout=holdout, execution=execution,
+        batch_size=batch_size, seed=seed, constraints=Constraints())
+    names = None if solvers is None else [name.strip() for name in solvers.split(",")]
+    with _progress(quiet=json) as listener:
+        outcome = run_compare(request, names, objective=objective or "auto", time_limit_s=time_limit, prove_s=prove,
+                              folder=out, listener=listener)
+    if json:
+        emit_json({**outcome.facts, "rows": outcome.rows, "files": outcome.files})
         return
-    if overlay is not None:
-        raise InputError(f"--overlay belongs to --to {PERFETTO}")
-    _export_plan(source, to, out, model, json)
+    table = new_table(outcome.title, *COMPARE_COLUMNS)
+    for row in outcome.rows:
+        add_row(table, *compare_row(row, outcome.facts))
+    console().print(table)
+    for text in outcome.notes:
+        console().print(text, soft_wrap=True)
+    show_files(outcome.files)
 
 
-def _export_timeline(source: Path, out: Path, overlay: Path | None, json: bool) -> None:
-    from moesim.export.perfetto import write_timeline
-    from moesim.simulate.result import read_result
+@place_app.command()
+def rolling(
+    trace: TraceOption = None,
+    hardware: HardwareOption = None,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two plans.")] = 32,
+    window: Annotated[int, typer.Option(min=1, help="The last steps that a plan is made from.")] = 32,
+    max_steps: Annotated[int, typer.Option(min=2, help="Steps to run.")] = 128,
+    model: ModelOption = None,
+    profile: ProfileOption = None,
+    num_nodes: NumNodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    solver: Annotated[str, typer.Option(help="Solver of the static plan and of every new one.")] = "eplb",
+    objective: ObjectiveOption = None,
+    redundant_experts: RedundantOption = 0,
+    time_limit: TimeOption = 2.0,
+    holdout: HoldoutOption = 0.5,
+    execution: ExecutionOption = "home",
+    batch_size: BatchOption = None,
+    option: OptionList = [],  # noqa: B006
+    seed: SeedOption = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Plan again every N steps, pay for the moved experts, and compare with one plan that stays."""
+    from moesim.placement.constraints import Constraints
+    from moesim.report.placement import ROLLING_COLUMNS, rolling_row
+    from moesim.scenario.placing import PlaceSetup
+    from moesim.scenario.replanning import Replanner, Rolling, static_plan, summary
 
-    second = read_result(overlay) if overlay else None
-    path = write_timeline(read_result(source), out, second)
+    check_seconds("--time-limit", time_limit)
+    request = place_request(
+        trace=trace, hardware=hardware, current=None, model=model, profile=profile, num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node, redundant_experts=redundant_experts, holdout=holdout, execution=execution,
+        batch_size=batch_size, seed=seed, constraints=Constraints())
+    setup = PlaceSetup(request)
+    plans = Rolling(every, window, solver, setup.goal_text(objective), time_limit, solver_options(option))
+    rows = list(Replanner(setup, plans, max_steps).rows(static_plan(setup, plans)))
     if json:
-        emit_json({"file": path})
-    else:
-        show_pairs("Timeline", [("file", path), ("how to look at it", "open it at ui.perfetto.dev")])
+        emit_json({"rows": rows, **summary(rows)})
+        return
+    table = new_table(f"A new plan by {solver} every {every} steps, from the last {window}", *ROLLING_COLUMNS)
+    for row in rows:
+        add_row(table, *rolling_row(row))
+    console().print(table)
+    from moesim.report.tables import format_value
+
+    show_pairs("Per step, over the run", [(key, format_value(key, value)) for key, value in summary(rows).items()])
 
 
-def _export_plan(source: Path, to: str, out: Path, model: str | None, json: bool) -> None:
-    from moesim.errors import unknown
-    from moesim.export.engines import EXPORTERS, export_plan
-    from moesim.model.catalog import load_model
-    from moesim.placement.plan import read_plan
+@place_app.command()
+def verify(
+    plan: Annotated[Path, typer.Argument(help="A *.plan.json; its *.bound.npz lies beside it.")],
+    trace: TraceOption = None,
+    model: ModelOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Count the trace again and re-check a plan, its objective and its bound, with code apart from the solvers."""
+    from moesim.scenario.place_verify import verify_plan_file
 
-    if to not in EXPORTERS.names():
-        raise unknown("export target", to, [PERFETTO, *EXPORTERS.names()])
-    plan = read_plan(source)
-    name = model or plan.provenance.get("model")
-    written = export_plan(plan, load_model(name) if name else None, to, out)
-    facts = {"file": written.path, "start_command": written.start_command, "notes": written.notes}
+    verdict = verify_plan_file(plan, trace=trace, model=model)
     if json:
-        emit_json(facts)
+        emit_json({"holds": verdict.holds, **dataclasses.asdict(verdict)})
     else:
-        notes = [("note", note) for note in written.notes]
-        show_pairs(f"Exported for {to}", [*list(facts.items())[:2], *notes])
+        table = new_table(f"Verification of {plan}", "claim", "holds")
+        for text, good in verdict.claims:
+            add_row(table, text, "yes" if good else "NO")
+        console().print(table)
+    if not verdict.holds:
+        raise CheckError(f"{plan}: {sum(not good for _, good in verdict.claims)} claims do not hold")

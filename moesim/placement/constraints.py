@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.errors import InputError
+from moesim.errors import InputError, unknown
 from moesim.placement.plan import PlacementPlan
 
 ALL_LAYERS = -1
@@ -21,7 +23,7 @@ class Pin:
     layer: int = ALL_LAYERS
 
     def __str__(self) -> str:
-        return f"pin {self.expert}@{self.rank}{_where(self.layer)}"
+        return f"pin {self.expert}@{self.rank}{_of_layer(self.layer)}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Apart:
     layer: int = ALL_LAYERS
 
     def __str__(self) -> str:
-        return f"apart {self.first},{self.second}{_where(self.layer)}"
+        return f"apart {self.first},{self.second}{_of_layer(self.layer)}"
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,48 @@ class Capacity:
     num_experts: int
 
     def __str__(self) -> str:
-        return f"{self.scope} {self.place} holds at most {self.num_experts} experts"
+        return f"{self.scope}-capacity {self.place}={self.num_experts}"
 
 
 Constraint = Pin | Apart | Capacity
 
 
-def _where(layer: int) -> str:
-    return "" if layer == ALL_LAYERS else f" in layer {layer}"
+_FORMS = {"pin": (r"(\d+)@(\d+)(?::(\d+))?", "EXPERT@RANK or EXPERT@RANK:LAYER"),
+          "apart": (r"(\d+),(\d+)(?::(\d+))?", "A,B or A,B:LAYER"),
+          "rank-capacity": (r"(\d+)=(\d+)", "RANK=N"), "node-capacity": (r"(\d+)=(\d+)", "NODE=N")}
+
+
+def _of_layer(layer: int) -> str:
+    return "" if layer == ALL_LAYERS else f":{layer}"
+
+
+def parse_constraint(kind: str, text: str) -> Constraint:
+    """Return the constraint that is written ``kind text``, the form in which `str` writes it.
+
+    Kinds: ``pin`` EXPERT@RANK[:LAYER], ``apart`` A,B[:LAYER], ``rank-capacity`` RANK=N, ``node-capacity`` NODE=N.
+
+    Raises:
+        InputError: an unknown kind, or another form.
+    """
+    if kind not in _FORMS:
+        raise unknown("constraint", kind, _FORMS)
+    pattern, form = _FORMS[kind]
+    found = re.fullmatch(pattern, text)
+    if not found:
+        raise InputError(f"constraint {kind} {text!r}: expected {form}")
+    first, second, *layer = (ALL_LAYERS if group is None else int(group) for group in found.groups())
+    if kind == "pin":
+        return Pin(first, second, *layer)
+    return Apart(first, second, *layer) if kind == "apart" else Capacity(kind.removesuffix("-capacity"), first, second)
+
+
+def parse_constraints(texts: Iterable[str]) -> Constraints:
+    """Return the constraints written ``kind text`` each, e.g. ``["pin 3@1", "apart 2,5:0"]``."""
+    found = [parse_constraint(*text.split(maxsplit=1)) if " " in text else parse_constraint(text, "")
+             for text in texts]
+    return Constraints(tuple(one for one in found if isinstance(one, Pin)),
+                       tuple(one for one in found if isinstance(one, Apart)),
+                       tuple(one for one in found if isinstance(one, Capacity)))
 
 
 @dataclass(frozen=True)
@@ -66,7 +102,7 @@ class Constraints:
     def __bool__(self) -> bool:
         return bool(self.pins or self.apart or self.capacities)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Constraint]:
         yield from (*self.pins, *self.apart, *self.capacities)
 
     def of_layer(self, layer: int) -> list[Constraint]:

@@ -110,7 +110,8 @@ def _fallback(problem: PlacementProblem, ended: SolveResult, goal: Goal | None) 
     results = [SOLVERS[name](problem, seed=ended.seed, time_limit_s=1.0) for name in FALLBACKS]
     best = results[0]
     for result in results[1:]:
-        assert best.plan is not None and result.plan is not None  # the greedy solvers always give one
+        assert best.plan is not None  # the greedy solvers always give one
+        assert result.plan is not None
         if goal.better(goal.key(problem, result.plan), goal.key(problem, best.plan)):
             best = result
     assert best.plan is not None

@@ -13,6 +13,7 @@ from moesim.errors import InputError
 from moesim.hardware.cost import CostModel
 from moesim.hardware.spec import HardwareSpec
 from moesim.lowering.bounds import ExpertParallelBound
+from moesim.lowering.context_coherent import ContextCoherentProgram
 from moesim.lowering.expert_parallel import ExpertParallelProgram
 from moesim.placement.bounds import balance_bound
 from moesim.placement.metrics import imbalance, rank_load
@@ -32,6 +33,12 @@ BOUND_NOTE = (
     "Bounds: imbalance, the best that any plan with these slots could reach on the judged requests; step time, no plan with "
     "these slots can be faster under the same costs (slowest attention, then a perfectly even split of rows and distinct "
     "experts, and only the traffic that top-k forces)."
+)
+
+COHERENT_NOTE = (
+    "Context-coherent execution: tokens move on from layer to layer, every rank holds the context of all requests (its memory "
+    "was checked) and repeats their prefill; bytes between ranks include the AllGather that ends each step. Imbalance's bound is "
+    "the best that any plan with these slots could reach; there is no proven bound on the step time."
 )
 
 
@@ -116,6 +123,9 @@ class ExpertParallelSetup:
     def program(self, plan: PlacementPlan) -> ExpertParallelProgram:
         """Lower the judged steps under a plan."""
         system = self.study.system
+        if system.execution == "coherent":
+            return ContextCoherentProgram(self.inputs.model, self.test, self.steps, plan, self.cost,
+                                   dispatch_bytes=system.dispatch_bytes, gather=system.gather)
         return ExpertParallelProgram(
             self.inputs.model,
             self.test,
@@ -137,8 +147,10 @@ class ExpertParallelSetup:
         )
         return PlannedPoint(choice.label, plan, self._row(choice, plan, program, result), result)
 
-    def bound_s(self, slots_per_rank: int) -> float:
-        """Return the lower bound on the mean step time of any plan with these slots."""
+    def bound_s(self, slots_per_rank: int) -> float | None:
+        """Return the lower bound on the mean step time of any plan with these slots (coherent execution: none)."""
+        if self.study.system.execution == "coherent":
+            return None
         width = self.study.system.dispatch_bytes
         bound = ExpertParallelBound(self.inputs.model, self.test, self.cost, slots_per_rank, width)
         steps = self.steps[self.study.workload.warmup_steps :]
@@ -154,8 +166,7 @@ class ExpertParallelSetup:
         step_s, bound_s = result.summary["step_time_s"], self.bound_s(plan.slots_per_rank)
         redundant = plan.num_slots - plan.num_experts
         real, best = self._imbalance(plan)
-        moved, width = program.remote_tokens, self.inputs.model.hidden_size
-        token_bytes = width * (program.dispatch_bytes + self.inputs.model.activation_bytes)
+        moved, moved_bytes = program.remote_tokens, program.remote_bytes
         tokens_per_s = result.summary["tokens_per_s"]
         return {
             "placement": choice.label,
@@ -163,15 +174,15 @@ class ExpertParallelSetup:
             "imbalance": real,
             "imbalance_bound": best,
             "imbalance_gap": (real - best) / real,
-            "cross_rank_fraction": moved["rank"] / moved["all"],
-            "cross_node_fraction": moved["node"] / moved["all"],
-            "cross_rank_bytes_per_step": moved["rank"] * token_bytes / len(self.steps),
-            "cross_node_bytes_per_step": moved["node"] * token_bytes / len(self.steps),
+            "cross_rank_fraction": moved["rank"] / max(1, moved["all"]),
+            "cross_node_fraction": moved["node"] / max(1, moved["all"]),
+            "cross_rank_bytes_per_step": moved_bytes["rank"] / len(self.steps),
+            "cross_node_bytes_per_step": moved_bytes["node"] / len(self.steps),
             "step_time_s": step_s,
             "step_time_bound_s": bound_s,
-            "step_time_gap": (step_s - bound_s) / step_s,
+            "step_time_gap": None if bound_s is None else (step_s - bound_s) / step_s,
             "tokens_per_s": tokens_per_s,
-            "tokens_per_s_bound": tokens_per_s * step_s / bound_s,
+            "tokens_per_s_bound": None if bound_s is None else tokens_per_s * step_s / bound_s,
             "bound_by": bounded_by(result.tables["critical_path"]),
             "objective_gap": plan.provenance.get("gap"),
         }
@@ -193,7 +204,7 @@ class ExpertParallelSetup:
             f"{len(self.steps)} {'' if self.study.workload.include_prefill else 'decode '}steps of {self.study.workload.batch_size} requests.",
             f"Plans are made from {share:.0%} of the requests and judged on the others.",
             *self.inputs.notes(),
-            BOUND_NOTE,
+            *((COHERENT_NOTE,) if self.study.system.execution == "coherent" else (BOUND_NOTE,)),
             source_note(sources),
         )
 

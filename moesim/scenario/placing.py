@@ -34,7 +34,6 @@ from moesim.placement.sample_size import tokens_needed
 from moesim.placement.step_sample import ExchangeRates
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
-from moesim.traces.stats import load_counts, transition_counts
 from moesim.traces.steps import Step, closed_loop_steps
 from moesim.traces.store import read_trace, resolve_trace
 from moesim.traces.trace import PREFILL, RoutingTrace

@@ -127,3 +127,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
             "rolling_with_moves_s": mean(
                 lambda row: row["rolling_step_time_s"] * row["num_steps"] + row["migration_time_s"]),
             "migration_bytes": sum(row["migration_bytes"] for row in rows)}
+
+
+def static_plan(setup: PlaceSetup, rolling: Rolling) -> PlacementPlan:
+    """Return the plan that stays: the same solver's, from the training part."""
+    plan = place(setup.problem, rolling.solver, seed=setup.request.seed, objective=rolling.objective,
+                 time_limit_s=rolling.time_limit_s, **rolling.options).plan
+    assert plan is not None  # place() raises otherwise
+    return plan

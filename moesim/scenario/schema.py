@@ -180,11 +180,22 @@ class PlacementChoice(_Part):
 class ExpertParallelSystem(_Part):
     """`collective`: one task per all-to-all, or one per transfer.
 
-    `dispatch_bytes`: bytes per hidden value sent out (None: the activations').
+    `dispatch_bytes`: bytes per hidden value sent out (None: the activations'). `execution`: tokens return ``home``
+    after each layer, or move on (``coherent``: context on every rank); then `gather` is what ends each step.
     """
 
     collective: Literal["closed_form", "per_link"] = "closed_form"
     dispatch_bytes: Positive | None = None
+    execution: Literal["home", "coherent"] = "home"
+    gather: Literal["kv", "activations", "ids"] = "kv"
+
+    @model_validator(mode="after")
+    def _check_execution(self) -> ExpertParallelSystem:
+        if self.execution == "coherent" and self.collective != "closed_form":
+            raise ValueError(f"execution: coherent knows collective: closed_form only, not {self.collective}")
+        if self.execution == "home" and "gather" in self.model_fields_set:
+            raise ValueError("'gather' belongs to execution: coherent")
+        return self
 
 
 class CacheChoice(_Part):
