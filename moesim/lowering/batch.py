@@ -44,9 +44,14 @@ def head_rows(step: Step) -> int:
 
 
 def last_rows(step: Step) -> np.ndarray:
-    """int64[request]: the last row of each request of the step (its next token is wanted).
+    """int64[request]: the last row of each request of the step (its next token is wanted)."""
+    return step.rows[last_places(step)]
+
+
+def last_places(step: Step) -> np.ndarray:
+    """int64[request]: where in `step.rows` the last row of each request of the step stands.
 
     By the step's own requests: a copy of a request shares its trace rows, not its id.
     """
-    last = dict(zip(step.requests.tolist(), step.rows.tolist(), strict=True))
+    last = dict(zip(step.requests.tolist(), range(len(step.rows)), strict=True))
     return np.fromiter(last.values(), np.int64, len(last))

@@ -99,6 +99,7 @@ class ExpertParallelProgram:
         self.graph = TaskGraph(self._resources())
         self._index = {resource.name: place for place, resource in enumerate(self.graph.resources)}
         self.remote_tokens = {"rank": 0, "node": 0, "all": 0}
+        self.remote_bytes = {"rank": 0.0, "node": 0.0}
 
     def _resources(self) -> tuple[Resource, ...]:
         ranks = [Resource(f"{name}.compute", name, "compute") for name in self.cost.hardware.ranks]
@@ -182,11 +183,20 @@ class ExpertParallelProgram:
         return self.graph.barrier([*back, *shared], step=step.index, layer=layer)
 
     def _count(self, traffic: LayerTraffic) -> None:
-        nodes = np.arange(self.plan.num_ranks) // self.cost.hardware.ranks_per_node
-        other_rank = ~np.eye(self.plan.num_ranks, dtype=bool)
+        other_rank, other_node = self._elsewhere()
         self.remote_tokens["all"] += int(traffic.sent.sum())
         self.remote_tokens["rank"] += int(traffic.sent[other_rank].sum())
-        self.remote_tokens["node"] += int(traffic.sent[nodes[:, None] != nodes[None, :]].sum())
+        self.remote_tokens["node"] += int(traffic.sent[other_node].sum())
+
+    def _count_bytes(self, traffic: np.ndarray) -> None:
+        other_rank, other_node = self._elsewhere()
+        self.remote_bytes["rank"] += float(traffic[other_rank].sum())
+        self.remote_bytes["node"] += float(traffic[other_node].sum())
+
+    def _elsewhere(self) -> tuple[np.ndarray, np.ndarray]:
+        """Masks bool[rank, rank]: pairs of different ranks, and of ranks in different nodes."""
+        nodes = np.arange(self.plan.num_ranks) // self.cost.hardware.ranks_per_node
+        return ~np.eye(self.plan.num_ranks, dtype=bool), nodes[:, None] != nodes[None, :]
 
     def _experts(self, step: Step, layer: int, traffic: LayerTraffic, dispatched: list[int]) -> list[int]:
         per_rank = traffic.slot_tokens.reshape(self.plan.num_ranks, self.plan.slots_per_rank)
@@ -253,6 +263,7 @@ class ExpertParallelProgram:
         """Add one all-to-all; every rank enters together (`deps`) and leaves together (the returned tasks)."""
         off_diagonal = sent * ~np.eye(len(sent), dtype=bool)
         traffic = off_diagonal * float(token_bytes)
+        self._count_bytes(traffic)
         moved, stayed = int(off_diagonal.sum()), int(np.trace(sent))
         if not moved:
             return [self.graph.add("barrier", -1, 0, deps, step=step.index, layer=layer, tokens=stayed)]

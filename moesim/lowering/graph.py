@@ -37,6 +37,7 @@ KINDS = (
     "dispatch",
     "experts",
     "combine",
+    "all_gather",
     "expert",
     "cpu_expert",
     "load",

@@ -27,7 +27,7 @@ PALETTE = (BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY)
 # Related kinds share a colour: computation on the device, on the host, exchange, loading.
 KIND_COLORS = {
     "attention": SKY, "router": GREY, "dense": SKY, "shared_expert": PINK, "head": YELLOW, "experts": BLUE,
-    "expert": BLUE, "cpu_expert": GREEN, "dispatch": ORANGE, "combine": RED, "send": ORANGE, "receive": RED,
+    "expert": BLUE, "cpu_expert": GREEN, "dispatch": ORANGE, "combine": RED, "all_gather": PINK, "send": ORANGE, "receive": RED,
     "load": ORANGE, "prefetch": RED, "admit": PINK, "wait": LIGHT_GREY,
     "other": LIGHT_GREY}
 WIDTH_IN, DPI = 10.0, 144
