@@ -10,6 +10,7 @@ from typing import Any
 
 from moesim.artifacts import digest_file
 from moesim.errors import InputError
+from moesim.placement.objectives import OBJECTIVES
 from moesim.placement.place import place
 from moesim.placement.plan import PlacementPlan
 from moesim.placement.progress import Progress, Report
@@ -54,8 +55,14 @@ def run_place(request: PlaceRequest, *, solver: str, objective: str | None, time
     plans = {"contiguous": contiguous_plan(setup.problem)}
     if request.current is not None:
         plans["current"] = request.current
+    goal = goal or objective_of(result)
     rows = [{"plan": name, **setup.judge(one, goal)} for name, one in (*plans.items(), (result.solver, plan))]
     return PlaceOutcome(_facts(result), rows, _warnings(setup, plan, rows[-1], goal), files, judged_on(setup))
+
+
+def objective_of(result: SolveResult) -> str | None:
+    """Return the registry's name of the objective that a solver chose by itself, if it is one of them."""
+    return next((name for name in OBJECTIVES.names() if OBJECTIVES[name].unit == result.objective_name), None)
 
 
 def judged_on(setup: PlaceSetup) -> str:

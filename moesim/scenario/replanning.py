@@ -123,8 +123,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 
     return {"static_step_time_s": mean(lambda row: row["static_step_time_s"] * row["num_steps"]),
             "rolling_step_time_s": mean(lambda row: row["rolling_step_time_s"] * row["num_steps"]),
-            "migration_per_step_s": mean(lambda row: row["migration_time_s"]),
-            "rolling_with_moves_s": mean(
+            "moves_step_time_s": mean(lambda row: row["migration_time_s"]),
+            "rolling_with_moves_step_time_s": mean(
                 lambda row: row["rolling_step_time_s"] * row["num_steps"] + row["migration_time_s"]),
             "migration_bytes": sum(row["migration_bytes"] for row in rows)}
 
