@@ -28,7 +28,7 @@ from moesim.simulate.result import read_result
 from moesim.traces.store import read_trace
 
 PLACE = ("place", "--trace", "tiny.trace.parquet", "--model", "tiny/config.json", "--hardware", "h100-sxm",
-         "--gpus-per-node", "4")
+         "--gpus-per-node", "4", "--solver", "lpt")
 
 
 @pytest.fixture
@@ -112,19 +112,6 @@ BAD_INPUT = [
     ("export nope.result --to perfetto --out x.json", "nope.result: no such result folder"),
     ("export nope.plan.json --to eplb --out x.npz --overlay a", "--overlay belongs to --to perfetto"),
 ]
-BAD_PLACES = [
-    ("--solver lpd", "unknown placement solver 'lpd'. Did you mean 'lpt'?"),
-    ("--solver eplb --option polcy=global", "has no option 'polcy'. Did you mean 'policy'?"),
-    ("--option seed=1", "give it as --seed"),
-    ("--option problem=1", "no solver has an option of this name"),
-    ("--option a=1 --option a=2", "given twice"),
-    ("--redundant-experts 3", "do not divide over 4 ranks"),
-    ("--redundant-experts -1", "--redundant-experts"),
-    ("--time-limit nan", "--time-limit must be a positive number of seconds, got nan"),
-    ("--train-fraction 1.5", "fraction must lie between 0 and 1, got 1.5"),
-    ("--model olmoe-1b-7b", "the trace (of synthetic) has 3 MoE layers x 8 experts, top-2, but model"),
-    ("--hardware cpu-server --num-nodes 5", ""),  # one rank per node: 5 do not divide 8 experts
-]
 
 
 def assert_one_line(arguments: list[str], message: str) -> None:
@@ -144,13 +131,6 @@ def assert_one_line(arguments: list[str], message: str) -> None:
 def test_a_mistake_is_one_line(line: str, message: str) -> None:
     """Whatever is wrong, the user reads one line that says what, and nothing is written."""
     assert_one_line(line.split(), message)
-
-
-@pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize(("line", "message"), BAD_PLACES)
-def test_a_mistake_in_place_is_one_line(line: str, message: str) -> None:
-    """The same for `place`, whose other arguments are right (the last of two equal options counts)."""
-    assert_one_line([*PLACE, "--out", "x.plan.json", *line.split()], message)
 
 
 def test_several_problems_are_several_lines(folder: Path) -> None:
@@ -237,38 +217,6 @@ def test_import_reads_a_foreign_file(folder: Path) -> None:
     facts = call_json("trace", "import", "other.npy", "--out", "other.trace.parquet", "--num-experts", "9")
     assert (facts["num_layers"], facts["num_experts"], facts["top_k"]) == (4, 9, 2)
     assert np.array_equal(read_trace(folder / "other.trace.parquet").expert_ids, ids)
-
-
-def test_place_writes_a_plan_and_judges_it(folder: Path) -> None:
-    """The plan in the file has the imbalance that was printed, on the requests that were held out."""
-    from moesim.traces.split import split_requests
-
-    facts = call_json(*PLACE, "--solver", "lpt", "--out", "a.plan.json", "--seed", "5")
-    plan = read_plan(folder / "a.plan.json")
-    _, held_out = split_requests(read_trace(folder / "tiny.trace.parquet"), 0.5, 5)
-    home = np.argsort(plan.physical_to_logical, axis=1) // plan.slots_per_rank
-    worst = total = 0.0
-    for layer in range(3):
-        load = np.bincount(home[layer][held_out.expert_ids[:, layer].ravel()], minlength=4)
-        worst, total = worst + load.max(), total + load.mean()
-    assert facts["imbalance_held_out"] == pytest.approx(worst / total)
-    assert facts["objective_bound"] <= facts["objective"]
-    assert 0 <= facts["gap"] <= 1
-    assert plan.provenance["model"] == "tiny"
-    assert plan.provenance["trace_digest"] == read_trace(folder / "tiny.trace.parquet").digest()
-
-
-def test_place_with_options_for_people(folder: Path) -> None:
-    """A solver's option gets through, numbers as numbers; the table names objective, bound and gap."""
-    text = call(*PLACE, "--solver", "affinity", "--option", "num_starts=2", "--out", "a.plan.json")
-    assert {"objective", "objective_bound", "gap", "kept_on_rank_fraction"} <= set(re.findall(r"\w+", text))
-    assert read_plan(folder / "a.plan.json").provenance["options"]["num_starts"] == 2
-
-
-def test_place_on_all_requests_judges_nothing(folder: Path) -> None:
-    """With --train-fraction 1 no request is held out, and no figure pretends that one was."""
-    facts = call_json(*PLACE, "--train-fraction", "1", "--out", "a.plan.json")
-    assert not any("held_out" in key for key in facts)
 
 
 def test_export_writes_what_the_engines_load(folder: Path) -> None:
