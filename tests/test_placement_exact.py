@@ -18,7 +18,6 @@ from moesim.placement.place import place
 from moesim.placement.plan import PlacementPlan
 from moesim.placement.problem import PlacementProblem
 from moesim.placement.result import SolveStatus
-from moesim.placement.solvers.affinity import _Search
 
 
 @cache
@@ -177,18 +176,6 @@ def test_affinity_bound_names_its_scopes() -> None:
         affinity_bound(problem, "nodes")
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_one_layer_is_placed_exactly(seed: int) -> None:
-    """The assignment of one layer to ranks has the gain of the best of all assignments."""
-    problem = PlacementProblem(np.ones((2, 6)), 3, 2, 1, transitions=layer_pair(6, seed))
-    gain = np.random.default_rng(seed).integers(0, 50, (6, 3)).astype(float)
-    chosen = _Search(problem, 0.0).assign(gain)
-    best = max(sum(gain[expert, slot // 2] for expert, slot in enumerate(slots))
-               for slots in itertools.permutations(range(6)))
-    assert gain[np.arange(6), chosen].sum() == best
-    assert np.bincount(chosen).tolist() == [2, 2, 2]
-
-
 @pytest.mark.parametrize("node_weight", [0.0, 0.75])
 def test_no_single_layer_improves_a_swept_plan(node_weight: float) -> None:
     """After the sweeps, no other placement of any one layer keeps more, as listing them all shows."""
@@ -216,4 +203,4 @@ def test_affinity_is_near_the_best_of_all_plans() -> None:
         best = max(metrics.kept_transitions(PlacementPlan(np.array(pair), 2, 4), transitions, 1)["rank"]
                    for pair in itertools.product(rows, rows))
         result = place(problem, "affinity")
-        assert result.objective == pytest.approx(1 - best, abs=1e-12)
+        assert result.objective == pytest.approx(best, abs=1e-12)

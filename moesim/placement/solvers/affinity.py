@@ -1,26 +1,30 @@
-"""Affinity: keep successive experts of a token on one rank (or node), by exact sweeps over the layers."""
+"""Affinity: keep successive experts of a token on one rank (or node), by exact sweeps over the layers and annealing."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moesim.errors import InputError
+from moesim.placement.affinity_search import AffinitySearch
 from moesim.placement.bounds import affinity_bound, counted_transitions
-from moesim.placement.metrics import kept_transitions
+from moesim.placement.objectives.affinity import AFFINITY, kept_fraction
 from moesim.placement.plan import PlacementPlan
 from moesim.placement.problem import PlacementProblem
+from moesim.placement.progress import Progress
 from moesim.placement.result import SolveResult, SolveStatus
 from moesim.placement.solvers.lpt import lpt_row
 
 _MEETS = 1e-12
+_ANNEAL_SHARE = 0.9  # of the time limit, after which no new round begins
 
 
-def affinity(problem: PlacementProblem, *, seed: int, time_limit_s: float, node_weight: float = 0.0,
-             num_starts: int = 4) -> SolveResult:
-    """Minimise the transitions that leave their rank: ExFlow's objective, on counts instead of tokens.
+def affinity(problem: PlacementProblem, *, seed: int, time_limit_s: float, starts: Sequence[PlacementPlan] = (),
+             progress: Progress | None = None, node_weight: float = 0.0, num_starts: int = 4,
+             anneal_moves: int = 1000) -> SolveResult:
+    """Maximise the transitions that stay on their rank: ExFlow's objective, on counts instead of tokens.
 
     With ``v(r, s) = w [node(r) = node(s)] + (1 - w) [r = s]``, w = `node_weight`, and x[l, i, r] = 1 where
     expert i of layer l lives on rank r:
@@ -28,17 +32,24 @@ def affinity(problem: PlacementProblem, *, seed: int, time_limit_s: float, node_
         maximise ``sum_l sum_(i, j) transitions[l, i, j] sum_(r, s) x[l, i, r] v(r, s) x[l + 1, j, s]``
         subject to one rank per expert and at most ceil(E / R) experts per rank and layer
 
-    (Yao et al., arXiv 2401.08383, the integer program; they solve w = 1, then w = 0 inside each node.) Given
-    its neighbours, one layer is an assignment problem, solved exactly by scipy's `linear_sum_assignment`.
-    Starts: the contiguous and LPT plans, and forward greedy passes from the first layer of each and from
-    `num_starts` seeded ones; from every start, sweeps to and fro until no layer improves; the best is kept.
-    Complexity O(L slots^3) per sweep at worst. A local optimum: exact only where the status is OPTIMAL (the
-    bound is met). The result depends on the clock only if `time_limit_s` cuts the search short
+    (Yao et al., arXiv 2401.08383, the integer program; they solve w = 1, then w = 0 inside each node; w = 1/2
+    minimises `hops`.) Given its neighbours, one layer is a transportation problem, solved exactly
+    (`kernels.affinity.assign`). First plans: the contiguous and LPT plans, and forward greedy passes from the first
+    layer of each and from `num_starts` seeded ones; from every one, sweeps to and fro until no layer improves. Then
+    rounds of annealing by swaps from the best (`anneal_moves` swaps per expert of a layer each; hot and cool ones in
+    turn), swept again, until two rounds in succession win nothing. A local optimum: exact only where the status is
+    OPTIMAL (the bound is met). The result depends on the clock only if `time_limit_s` cuts the search short
     (provenance: ``complete``).
 
     Redundant slots play no part in the search: afterwards each goes to the expert with the largest load per
     copy, on the lightest rank with a free slot (one without that expert, where there is one). The objective
-    is that of the final plan, by expectation under the even split (`metrics.kept_transitions`).
+    is that of the final plan, by expectation under its shares (`metrics.kept_transitions`).
+
+    Args:
+        starts: plans to start from; the result keeps at least as much as each of them.
+        progress: told of every better plan.
+        num_starts: further forward passes, from seeded first layers.
+        anneal_moves: swaps per expert of a layer in one round of annealing; 0: none.
 
     Raises:
         InputError: no transitions in the problem (a trace of counts only), or an option out of range.
@@ -46,124 +57,123 @@ def affinity(problem: PlacementProblem, *, seed: int, time_limit_s: float, node_
     started_s = time.perf_counter()
     if not 0.0 <= node_weight <= 1.0:
         raise InputError(f"affinity: node_weight must be in 0 ... 1, got {node_weight}")
-    if num_starts < 0:
-        raise InputError(f"affinity: num_starts must not be negative, got {num_starts}")
-    search = _Search(problem, node_weight)
-    homes, complete = search.best(seed, num_starts, started_s + time_limit_s)
-    rows = [_fill(problem, load, home) for load, home in zip(problem.expert_load, homes, strict=True)]
-    plan = PlacementPlan(np.stack(rows), problem.num_ranks, problem.num_experts, {"complete": complete})
-    weights = {"node": node_weight, "rank": 1.0 - node_weight}
-    kept = kept_transitions(plan, search.transitions, problem.ranks_per_node)
-    objective = 1.0 - sum(weight * kept[scope] for scope, weight in weights.items())
-    bound = 1.0 - sum(weight * affinity_bound(problem, scope) for scope, weight in weights.items() if weight)
-    status = SolveStatus.OPTIMAL if objective <= bound + _MEETS else SolveStatus.FEASIBLE
-    return SolveResult(
-        solver="affinity", status=status, plan=plan, objective_name=_objective_name(node_weight),
-        objective=max(0.0, objective), objective_bound=max(0.0, bound),
-        time_s=time.perf_counter() - started_s, seed=seed)
+    for name, value in (("num_starts", num_starts), ("anneal_moves", anneal_moves)):
+        if value < 0:
+            raise InputError(f"affinity: {name} must not be negative, got {value}")
+    run = _Run(problem, node_weight, started_s + time_limit_s, progress)
+    for plan in starts:
+        run.offer_plan(plan)
+    complete = run.sweeps(starts, seed, num_starts)
+    if anneal_moves and not run.met():
+        complete = run.anneals(anneal_moves, seed, started_s + _ANNEAL_SHARE * time_limit_s) and complete
+    return run.result(seed, started_s, complete)
 
 
 def _objective_name(node_weight: float) -> str:
     if node_weight == 0.0:
-        return "fraction of transitions that leave their rank"
-    return f"transitions lost: {node_weight:g} x fraction leaving the node + {1 - node_weight:g} x the rank"
+        return AFFINITY.unit
+    return f"transitions kept: {node_weight:g} x fraction on the node + {1 - node_weight:g} x on the rank"
 
 
-class _Search:
-    """Assignment sweeps over homes int64[layer, expert] -> rank."""
+class _Run:
+    """One search: the best homes and the best plan so far."""
 
-    def __init__(self, problem: PlacementProblem, node_weight: float) -> None:
+    def __init__(self, problem: PlacementProblem, node_weight: float, until_s: float,
+                 progress: Progress | None) -> None:
         self.problem, self.transitions = problem, counted_transitions(problem)
-        ranks = np.arange(problem.num_ranks)
-        nodes = ranks // problem.ranks_per_node
-        same_node, same_rank = np.equal.outer(nodes, nodes), np.equal.outer(ranks, ranks)
-        self.value = node_weight * same_node + (1.0 - node_weight) * same_rank
-        self.capacity = -(-problem.num_experts // problem.num_ranks)
+        self.node_weight, self.until_s, self.progress = node_weight, until_s, progress
+        self.search = AffinitySearch(problem, self.transitions, node_weight)
+        self.homes: np.ndarray | None = None
+        self.homes_kept = -1.0
+        self.plan: PlacementPlan | None = None
+        self.kept = -1.0
+        weights = {"node": node_weight, "rank": 1.0 - node_weight}
+        self.bound = sum(weight * affinity_bound(problem, scope) for scope, weight in weights.items() if weight)
 
-    def best(self, seed: int, num_starts: int, until_s: float) -> tuple[np.ndarray, bool]:
-        """Return the best homes over all starts, and whether the time sufficed for all of them."""
-        best, best_kept, complete = None, -1.0, True
-        for homes in self.starts(np.random.default_rng(seed), num_starts):
-            complete = self.sweep(homes, until_s) and complete
-            kept = self.kept(homes)
-            if kept > best_kept:
-                best, best_kept = homes, kept
-            if not complete:
-                break
-        assert best is not None  # the contiguous start always comes
-        return best, complete
+    def offer_plan(self, plan: PlacementPlan) -> None:
+        """Score a plan with the exact objective; keep it if it is the best."""
+        kept = kept_fraction(self.problem, plan, self.node_weight)
+        if kept > self.kept:
+            self.plan, self.kept = plan, kept
+            if self.progress is not None:
+                self.progress.found(plan.physical_to_logical, kept)
 
-    def starts(self, rng: np.random.Generator, num_starts: int) -> Iterator[np.ndarray]:
-        """Yield homes to sweep from: two whole plans, then forward greedy passes."""
-        num_layers, num_experts = self.problem.expert_load.shape
-        block = np.tile(np.arange(num_experts) // self.capacity, (num_layers, 1))
-        balanced = np.stack([self._lpt_homes(load) for load in self.problem.expert_load])
-        yield self.forward(block[0])
-        yield self.forward(balanced[0])
+    def offer(self, homes: np.ndarray) -> bool:
+        """Keep homes if they are the best; return whether they are."""
+        kept = self.search.value(homes)
+        if kept <= self.homes_kept * (1 + _MEETS):
+            return False
+        self.homes, self.homes_kept = homes.copy(), kept
+        rows = [_fill(self.problem, load, home[:self.problem.num_experts])
+                for load, home in zip(self.problem.expert_load, homes, strict=True)]
+        self.offer_plan(PlacementPlan(np.stack(rows), self.problem.num_ranks, self.problem.num_experts))
+        return True
+
+    def met(self) -> bool:
+        """Whether the best plan reaches the bound."""
+        return self.kept >= self.bound - _MEETS
+
+    def sweeps(self, starts: Sequence[PlacementPlan], seed: int, num_starts: int) -> bool:
+        """Sweep from every start; return whether the time sufficed for all of them."""
+        for homes in self._starts(starts, np.random.default_rng(seed), num_starts):
+            complete = self.search.sweep(homes, self.until_s)
+            self.offer(homes)
+            if not complete or self.met():
+                return complete
+        return True
+
+    def _starts(self, plans: Sequence[PlacementPlan], rng: np.random.Generator,
+                num_starts: int) -> Iterator[np.ndarray]:
+        """Yield homes to sweep from: forward greedy passes, whole plans, further passes."""
+        search, loads = self.search, self.problem.expert_load
+        block = np.tile(search.block(), (len(loads), 1))
+        balanced = np.stack([self._lpt_homes(load) for load in loads])
+        yield search.forward(block[0])
+        yield search.forward(balanced[0])
+        yield from (homes for plan in plans if (homes := search.homes_of(plan.physical_to_logical)) is not None)
         yield block
         yield balanced
         for _ in range(num_starts):
-            yield self.forward(rng.permutation(block[0]))
+            yield search.forward(rng.permutation(block[0]))
 
     def _lpt_homes(self, load: np.ndarray) -> np.ndarray:
         # Empty places are dummy experts of no load, so that LPT packs as many places on every rank.
-        places = self.capacity * self.problem.num_ranks
+        places = len(self.search.block())
         row = lpt_row(np.concatenate([load, np.zeros(places - len(load))]), places, self.problem.num_ranks)
-        return np.argsort(row)[: len(load)] // self.capacity
+        return np.argsort(row) // self.search.capacity
 
-    def forward(self, first: np.ndarray) -> np.ndarray:
-        """Return homes grown layer by layer, each exact given the layer before."""
-        homes = np.tile(first, (self.problem.num_layers, 1))
-        for layer in range(1, len(homes)):
-            homes[layer] = self.assign(self.gain_before(homes, layer))
-        return homes
-
-    def sweep(self, homes: np.ndarray, until_s: float) -> bool:
-        """Improve `homes` in place until no layer can be; return False if the time ran out first."""
-        layers = range(len(homes))
-        improved = True
-        while improved:
-            improved = False
-            for layer in (*layers, *reversed(layers)):
-                if time.perf_counter() > until_s:
-                    return False
-                improved = self.improve(homes, layer) or improved
+    def anneals(self, moves: int, seed: int, last_s: float) -> bool:
+        """Anneal and sweep from the best homes, again and again; return whether the time sufficed."""
+        assert self.homes is not None
+        idle, turn, size = 0, 0, self.homes.size * moves
+        while idle < len(_SCHEDULES):
+            hot, cold = _SCHEDULES[turn % len(_SCHEDULES)]
+            homes = self.homes.copy()
+            complete = self.search.anneal(homes, size, seed * 7919 + turn, last_s, hot=hot, cold=cold)
+            complete = self.search.sweep(homes, self.until_s) and complete
+            idle = 0 if self.offer(homes) and self.homes_kept > 0 else idle + 1
+            if self.met():
+                return True
+            if not complete:
+                return False
+            turn += 1
         return True
 
-    def improve(self, homes: np.ndarray, layer: int) -> bool:
-        """Place one layer exactly, given its neighbours; return whether that gained anything."""
-        gain = self.gain_before(homes, layer) + self.gain_after(homes, layer)
-        experts = np.arange(len(gain))
-        new = self.assign(gain)
-        old_gain = gain[experts, homes[layer]].sum()
-        if gain[experts, new].sum() <= old_gain * (1 + _MEETS):
-            return False
-        homes[layer] = new
-        return True
+    def result(self, seed: int, started_s: float, complete: bool) -> SolveResult:
+        """Return the best plan with its status and the b-matching bound."""
+        assert self.plan is not None  # the first pass always offers one
+        plan = PlacementPlan(self.plan.physical_to_logical, self.plan.num_ranks, self.plan.num_experts,
+                             {"complete": complete}, self.plan.slot_share)
+        return SolveResult(
+            solver="affinity", status=SolveStatus.OPTIMAL if self.met() else SolveStatus.FEASIBLE, plan=plan,
+            objective_name=_objective_name(self.node_weight), objective=self.kept,
+            objective_bound=max(self.bound, self.kept), time_s=time.perf_counter() - started_s, seed=seed, sense="max",
+            bound_method="b-matching")
 
-    def gain_before(self, homes: np.ndarray, layer: int) -> np.ndarray:
-        """Return float64[expert, rank], transitions kept with the layer before."""
-        if layer == 0:
-            return np.zeros((self.problem.num_experts, self.problem.num_ranks))
-        return self.transitions[layer - 1].T @ self.value[homes[layer - 1]]
 
-    def gain_after(self, homes: np.ndarray, layer: int) -> np.ndarray:
-        """Return float64[expert, rank], transitions kept with the layer after."""
-        if layer == len(homes) - 1:
-            return np.zeros((self.problem.num_experts, self.problem.num_ranks))
-        return self.transitions[layer] @ self.value[homes[layer + 1]]
-
-    def assign(self, gain: np.ndarray) -> np.ndarray:
-        """Return int64[expert], ranks of the largest total gain float64[expert, rank] within the capacity."""
-        from scipy.optimize import linear_sum_assignment
-
-        _, place = linear_sum_assignment(np.repeat(gain, self.capacity, axis=1), maximize=True)
-        return place // self.capacity
-
-    def kept(self, homes: np.ndarray) -> float:
-        """Return the weighted transitions that `homes` keeps."""
-        pairs = zip(self.transitions, homes, homes[1:], strict=False)
-        return float(sum((counts * self.value[np.ix_(here, there)]).sum() for counts, here, there in pairs))
+# (hot, cold) of a round, in spreads of an expert's gains over the ranks: the first suit strong structure, where a
+# plan sits in a deep valley; the last suit even routing
+_SCHEDULES = ((0.4, 0.1), (0.2, 0.05))
 
 
 def _fill(problem: PlacementProblem, load: np.ndarray, home: np.ndarray) -> np.ndarray:
