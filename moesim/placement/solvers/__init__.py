@@ -12,6 +12,7 @@ from moesim.placement.solvers.affinity import affinity
 from moesim.placement.solvers.auto import auto
 from moesim.placement.solvers.contiguous import contiguous
 from moesim.placement.solvers.eplb import eplb
+from moesim.placement.solvers.exflow import exflow
 from moesim.placement.solvers.ilp import ilp
 from moesim.placement.solvers.lpt import lpt
 from moesim.placement.solvers.random_ import random_
@@ -25,6 +26,7 @@ SOLVERS: Registry[Solver] = Registry("placement solver", "moesim.solvers", {
     "lpt": lpt,
     "eplb": eplb,
     "affinity": affinity,
+    "exflow": exflow,
     "ilp": ilp,
     "auto": auto,
 })
