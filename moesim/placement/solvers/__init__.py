@@ -15,6 +15,7 @@ from moesim.placement.solvers.eplb import eplb
 from moesim.placement.solvers.exflow import exflow
 from moesim.placement.solvers.ilp import ilp
 from moesim.placement.solvers.lpt import lpt
+from moesim.placement.solvers.moetuner import moetuner
 from moesim.placement.solvers.random_ import random_
 from moesim.registry import Registry
 
@@ -26,6 +27,7 @@ SOLVERS: Registry[Solver] = Registry("placement solver", "moesim.solvers", {
     "lpt": lpt,
     "eplb": eplb,
     "affinity": affinity,
+    "moetuner": moetuner,
     "exflow": exflow,
     "ilp": ilp,
     "auto": auto,
