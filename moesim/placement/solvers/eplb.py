@@ -34,12 +34,12 @@ def eplb(problem: PlacementProblem, *, seed: int, time_limit_s: float, policy: s
         InputError: an unknown policy, or groups that do not divide.
     """
     started_s = time.perf_counter()
-    num_groups, num_nodes = _levels(problem, policy)
+    num_groups, num_nodes = levels(problem, policy)
     slots = np.stack([_eplb_row(load, problem, num_groups, num_nodes) for load in problem.expert_load])
     return balance_result(problem, slots, solver="eplb", seed=seed, started_s=started_s)
 
 
-def _levels(problem: PlacementProblem, policy: str) -> tuple[int, int]:
+def levels(problem: PlacementProblem, policy: str) -> tuple[int, int]:
     """Return the groups and nodes to plan with; (1, 1) is the global policy."""
     if policy not in POLICIES:
         raise unknown("eplb policy", policy, POLICIES)
