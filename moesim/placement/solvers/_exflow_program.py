@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     from ortools.sat.python import cp_model
 
 _TOTAL_MAX = 2**40
-# rows that CBC is given at most: the relaxation at its root is beyond its time limit, and grows with them
-_CBC_ROWS = 2**14
+# rows that a backend is given at most: CBC's relaxation at the root ignores its time limit and grows with them; CP-SAT
+# would find nothing in the minute after it has read so many
+_MOST_ROWS = {"cpsat": 2**20, "pulp": 2**14}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Split:
 
 
 class _OutOfTimeError(Exception):
-    """The clock ran out while a program was still being written down, or would while it is started."""
+    """The clock ran out while a program was still being written down."""
 
 
 def crossing(transitions: np.ndarray, parts: np.ndarray) -> float:
@@ -81,7 +83,7 @@ def solve_split(transitions: np.ndarray, start: np.ndarray, *, backend: str, lim
     Args:
         transitions: float[layer - 1, member, member].
         start: int64[layer, member], a balanced split: the answer unless a better one is found.
-        backend: ``cpsat``, or ``pulp`` (CBC; programs of more than 2**14 rows keep the start).
+        backend: ``cpsat``, or ``pulp`` (CBC). Programs of more than 2**20 (2**14) rows keep the start.
         limit_s: seconds.
         seed: of the search (``cpsat``).
         hint: whether the search is told of `start` (``cpsat``; CBC spends its time on checking one).
@@ -90,11 +92,11 @@ def solve_split(transitions: np.ndarray, start: np.ndarray, *, backend: str, lim
     weight, scale = _whole(transitions)
     known = crossing(transitions, start)
     until_s = time.perf_counter() + limit_s
-    try:
+    parts, bound = None, 0.0
+    if np.count_nonzero(weight) * (int(start.max()) + 1) <= _MOST_ROWS[backend]:
         run = _cpsat if backend == "cpsat" else _pulp
-        parts, bound = run(weight, start, until_s, seed, hint)
-    except _OutOfTimeError:
-        parts, bound = None, 0.0
+        with contextlib.suppress(_OutOfTimeError):
+            parts, bound = run(weight, start, until_s, seed, hint)
     found = known if parts is None else crossing(transitions, parts)
     if parts is None or found >= known:
         return Split(start, known, min(known, bound / scale), False)
@@ -182,8 +184,6 @@ def _pulp_model(weight: np.ndarray, start: np.ndarray, until_s: float) -> tuple[
     import pulp
 
     model, num_parts = pulp.LpProblem("exflow", pulp.LpMinimize), int(start.max()) + 1
-    if np.count_nonzero(weight) * num_parts > _CBC_ROWS:
-        raise _OutOfTimeError
     x = np.empty((*start.shape, num_parts), object)
     for layer, i, part in np.ndindex(*x.shape):
         allowed = layer > 0 or part <= i
