@@ -18,6 +18,7 @@ from moesim.errors import InputError
 from moesim.hardware.collective import all_to_all_transfers
 from moesim.hardware.cost import CostModel
 from moesim.hardware.work import Cost, DenseWork
+from moesim.lowering.balancers import COUNT_BYTES, Assignment, BalancerOptions, make_balancer
 from moesim.lowering.batch import StepRecord, context_sums, home_ranks, last_rows
 from moesim.lowering.graph import ExecutorView, Resource, TaskGraph
 from moesim.lowering.work import attention_work, dense_work, experts_work, head_work, router_work, shared_work
@@ -38,7 +39,7 @@ class LayerTraffic:
 
     Attributes:
         sent: int64[rank, rank], tokens that go from home rank to expert rank (diagonal: they stay).
-        slot_tokens: int64[slot], tokens of each physical slot.
+        slot_tokens: int64[slot], tokens of each physical slot (a balancer: int64[rank, group], of each copy).
     """
 
     sent: np.ndarray
@@ -49,12 +50,17 @@ def layer_traffic(plan: PlacementPlan, slots: np.ndarray, home: np.ndarray) -> L
     """Return the traffic of one layer from int32[token, k] physical slots (-1 pads) and int32[token] homes."""
     valid = slots != PAD
     slot_tokens = np.bincount(slots[valid].ravel(), minlength=plan.num_slots)
-    ranks = np.where(valid, plan.slot_rank[np.maximum(slots, 0)], plan.num_ranks)
-    reached = np.zeros((len(home), plan.num_ranks + 1), bool)
-    reached[np.arange(len(home))[:, None], ranks] = True
-    sent = np.zeros((plan.num_ranks, plan.num_ranks), np.int64)
-    np.add.at(sent, home, reached[:, : plan.num_ranks])
-    return LayerTraffic(sent, slot_tokens)
+    ranks = np.where(valid, plan.slot_rank[np.maximum(slots, 0)], PAD)
+    return LayerTraffic(sent_tokens(ranks, home, plan.num_ranks), slot_tokens)
+
+
+def sent_tokens(ranks: np.ndarray, home: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Return int64[rank, rank], tokens from home to the ranks int[token, k] that compute them, once to each."""
+    reached = np.zeros((len(home), num_ranks + 1), bool)
+    reached[np.arange(len(home))[:, None], ranks] = True  # PAD is the last column
+    sent = np.zeros((num_ranks, num_ranks), np.int64)
+    np.add.at(sent, home, reached[:, :num_ranks])
+    return sent
 
 
 class ExpertParallelProgram:
@@ -63,6 +69,11 @@ class ExpertParallelProgram:
     Args:
         dispatch_bytes: bytes per hidden value sent out (1 for fp8 dispatch); default the activations'.
         collective: ``closed_form`` (one task per all-to-all) or ``per_link`` (one task per transfer).
+        balancer: decides per batch and layer who computes what (`lowering.balancers`); it costs an exchange of
+            counts, the time to solve and, for LLEP, the weights of spilled experts, all before the experts.
+
+    Attributes:
+        scratch_bytes: the most weights of foreign experts that a rank holds at a time (LLEP).
 
     Raises:
         InputError: trace, model, plan and hardware that do not fit each other.
@@ -78,6 +89,7 @@ class ExpertParallelProgram:
         *,
         dispatch_bytes: float | None = None,
         collective: str = "closed_form",
+        balancer: BalancerOptions = BalancerOptions(),
     ) -> None:
         trace.check_model(model)
         hardware = cost.hardware
@@ -100,6 +112,7 @@ class ExpertParallelProgram:
         self._index = {resource.name: place for place, resource in enumerate(self.graph.resources)}
         self.remote_tokens = {"rank": 0, "node": 0, "all": 0}
         self.remote_bytes = {"rank": 0.0, "node": 0.0}
+        self._balancer, self._options, self.scratch_bytes = make_balancer(balancer, plan), balancer, 0.0
 
     def _resources(self) -> tuple[Resource, ...]:
         ranks = [Resource(f"{name}.compute", name, "compute") for name in self.cost.hardware.ranks]
@@ -159,11 +172,16 @@ class ExpertParallelProgram:
         attention: list[int],
     ) -> int:
         """One MoE layer; returns the barrier at which every rank has its tokens back."""
-        traffic = layer_traffic(self.plan, slots, home)
-        self._count(traffic)
+        traffic, weights = layer_traffic(self.plan, slots, home), None
         router = self._on_ranks(
             "router", step, layer, tokens, attention, lambda r: router_work(self.model, int(tokens[r]))
         )
+        decided = router
+        if self._balancer is not None:
+            chosen: Assignment = self._balancer(layer, self.trace.expert_ids[step.rows, layer])
+            traffic = LayerTraffic(sent_tokens(chosen.rank, home, self.plan.num_ranks), chosen.group_tokens)
+            decided, weights = self._decide(step, layer, router), chosen.weights
+        self._count(traffic)
         shared: list[int] = []
         if self.model.shared_intermediate_size:
             shared = self._on_ranks(
@@ -175,12 +193,28 @@ class ExpertParallelProgram:
                 lambda r: shared_work(self.model, int(tokens[r])),
             )
         width = self.model.hidden_size
-        dispatched = self._all_to_all("dispatch", step, layer, traffic.sent, width * self.dispatch_bytes, router)
+        dispatched = self._all_to_all("dispatch", step, layer, traffic.sent, width * self.dispatch_bytes, decided)
+        if weights is not None and weights.any():
+            dispatched = self._all_to_all("weights", step, layer, weights, self.model.expert_bytes, dispatched)
+            foreign = float(weights.sum(axis=0).max()) * self.model.expert_bytes
+            self.scratch_bytes = max(self.scratch_bytes, foreign)
         experts = self._experts(step, layer, traffic, dispatched)
         back = self._all_to_all(
             "combine", step, layer, traffic.sent.T, width * self.model.activation_bytes, experts or dispatched
         )
         return self.graph.barrier([*back, *shared], step=step.index, layer=layer)
+
+    def _decide(self, step: Step, layer: int, router: list[int]) -> list[int]:
+        """Add a balancer's exchange of counts, every rank to every other, and the time of its decision.
+
+        All ranks decide at the same time, on the host or a few multiprocessors, so shared experts go on meanwhile: the
+        decision holds the network, which has nothing to do until it has fallen.
+        """
+        counts = np.ones((self.plan.num_ranks, self.plan.num_ranks), np.int64)
+        known = self._all_to_all("counts", step, layer, counts, self.plan.num_experts * COUNT_BYTES, router)
+        solve = Cost(self._options.solve_s, "stated")
+        lane = self._index["network" if self.collective == "closed_form" else "network.latency"]
+        return [self._add("balance", lane, solve, known, step, layer)]
 
     def _count(self, traffic: LayerTraffic) -> None:
         other_rank, other_node = self._elsewhere()
@@ -199,7 +233,7 @@ class ExpertParallelProgram:
         return ~np.eye(self.plan.num_ranks, dtype=bool), nodes[:, None] != nodes[None, :]
 
     def _experts(self, step: Step, layer: int, traffic: LayerTraffic, dispatched: list[int]) -> list[int]:
-        per_rank = traffic.slot_tokens.reshape(self.plan.num_ranks, self.plan.slots_per_rank)
+        per_rank = traffic.slot_tokens.reshape(self.plan.num_ranks, -1)
         tasks = []
         for rank, counts in enumerate(per_rank):
             work = experts_work(self.model, int(counts.sum()), int(np.count_nonzero(counts)), int(counts.max()))

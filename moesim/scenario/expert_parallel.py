@@ -35,6 +35,10 @@ BOUND_NOTE = (
     "experts, and only the traffic that top-k forces)."
 )
 
+BALANCER_NOTE = (
+    "Balancer {name}: every batch is balanced anew after its router, at the price of an exchange of counts and a stated time to "
+    "solve in every layer (llep: and the weights of spilled experts); the imbalance shown is the plan's without it."
+)
 COHERENT_NOTE = (
     "Context-coherent execution: tokens move on from layer to layer, every rank holds the context of all requests (its memory "
     "was checked) and repeats their prefill; bytes between ranks include the AllGather that ends each step. Imbalance's bound is "
@@ -134,6 +138,7 @@ class ExpertParallelSetup:
             self.cost,
             dispatch_bytes=system.dispatch_bytes,
             collective=system.collective,
+            balancer=system.balancer.options,
         )
 
     def point(self, choice: PlanChoice) -> PlannedPoint:
@@ -148,8 +153,9 @@ class ExpertParallelSetup:
         return PlannedPoint(choice.label, plan, self._row(choice, plan, program, result), result)
 
     def bound_s(self, slots_per_rank: int) -> float | None:
-        """Return the lower bound on the mean step time of any plan with these slots (coherent execution: none)."""
-        if self.study.system.execution == "coherent":
+        """Return the lower bound on the mean step time of any plan with these slots (coherent execution, LLEP: none)."""
+        system = self.study.system
+        if system.execution == "coherent" or system.balancer.name == "llep":  # LLEP computes experts without a slot
             return None
         width = self.study.system.dispatch_bytes
         bound = ExpertParallelBound(self.inputs.model, self.test, self.cost, slots_per_rank, width)
@@ -185,6 +191,7 @@ class ExpertParallelSetup:
             "tokens_per_s_bound": None if bound_s is None else tokens_per_s * step_s / bound_s,
             "bound_by": bounded_by(result.tables["critical_path"]),
             "objective_gap": plan.provenance.get("gap"),
+            **({"scratch_bytes": program.scratch_bytes} if self.study.system.balancer.name == "llep" else {}),
         }
 
     def _imbalance(self, plan: PlacementPlan) -> tuple[float, float]:
@@ -198,13 +205,14 @@ class ExpertParallelSetup:
 
     def notes(self, sources: dict[str, int]) -> tuple[str, ...]:
         """Return what a reader must know."""
-        share = self.study.placement.train_fraction
+        share, balancer = self.study.placement.train_fraction, self.study.system.balancer.name
         return (
             f"{self.hardware.num_ranks} ranks in {self.hardware.num_nodes} nodes of {self.hardware.name}; "
             f"{len(self.steps)} {'' if self.study.workload.include_prefill else 'decode '}steps of {self.study.workload.batch_size} requests.",
             f"Plans are made from {share:.0%} of the requests and judged on the others.",
             *self.inputs.notes(),
             *((COHERENT_NOTE,) if self.study.system.execution == "coherent" else (BOUND_NOTE,)),
+            *((BALANCER_NOTE.format(name=balancer),) if balancer != "none" else ()),
             source_note(sources),
         )
 

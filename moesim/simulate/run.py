@@ -17,7 +17,8 @@ from moesim.simulate.simpy_executor import run_simpy
 from moesim.traces.trace import PHASES, PREFILL, RoutingTrace
 from moesim.units import s_from_ns
 
-COPY_KINDS = ("load", "prefetch", "admit", "send", "receive", "dispatch", "combine", "all_gather")
+COPY_KINDS = ("load", "prefetch", "admit", "send", "receive", "dispatch", "combine", "all_gather",
+              "counts", "weights")
 
 
 class SteppedProgram(Program, Protocol):
