@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from moesim.errors import InputError, did_you_mean
+from moesim.scenario.balancer import Balancer, BalancerChoice
 
 SCHEMA = "moesim.scenario/1"
 NO_PREFETCH = "none"
@@ -178,7 +179,7 @@ class PlacementChoice(_Part):
 
 
 class ExpertParallelSystem(_Part):
-    """`collective`: one task per all-to-all, or one per transfer.
+    """`collective`: one task per all-to-all, or one per transfer. `balancer`: see `moesim.scenario.balancer`.
 
     `dispatch_bytes`: bytes per hidden value sent out (None: the activations'). `execution`: tokens return ``home``
     after each layer, or move on (``coherent``: context on every rank); then `gather` is what ends each step.
@@ -188,9 +189,11 @@ class ExpertParallelSystem(_Part):
     dispatch_bytes: Positive | None = None
     execution: Literal["home", "coherent"] = "home"
     gather: Literal["kv", "activations", "ids"] = "kv"
+    balancer: Balancer = BalancerChoice()
 
     @model_validator(mode="after")
     def _check_execution(self) -> ExpertParallelSystem:
+        self.balancer.check(self.execution)
         if self.execution == "coherent" and self.collective != "closed_form":
             raise ValueError(f"execution: coherent knows collective: closed_form only, not {self.collective}")
         if self.execution == "home" and "gather" in self.model_fields_set:
