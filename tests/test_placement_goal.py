@@ -270,7 +270,9 @@ def test_an_interrupted_search_keeps_its_best_plan(monkeypatch: pytest.MonkeyPat
     problem = make(2)
     good = place(problem, "lpt").plan
 
-    def searching(problem: PlacementProblem, *, seed: int, time_limit_s: float, progress: Progress) -> SolveResult:
+    def searching(problem: PlacementProblem, *, seed: int, time_limit_s: float,
+                  progress: Progress | None = None) -> SolveResult:
+        progress = progress or Progress()
         progress.found(random_plan(problem, 1).physical_to_logical, 900.0)
         progress.found(good.physical_to_logical, 100.0)
         progress.found(random_plan(problem, 2).physical_to_logical, 500.0)

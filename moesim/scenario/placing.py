@@ -177,10 +177,8 @@ class PlaceSetup:
         return facts
 
     def _traffic(self, program: Any) -> dict[str, float]:
-        width = self.model.hidden_size * (program.dispatch_bytes + self.model.activation_bytes)
-        moved, steps = program.remote_tokens, len(self.judge_steps)
-        return {"cross_rank_bytes_per_step": moved["rank"] * width / steps,
-                "cross_node_bytes_per_step": moved["node"] * width / steps}
+        steps = len(self.judge_steps)
+        return {f"cross_{scope}_bytes_per_step": program.remote_bytes[scope] / steps for scope in ("rank", "node")}
 
     def _both(self, plan: PlacementPlan, objective: str | None) -> dict[str, Any]:
         """Return the goal's value on the training and on the held-out part, and what a contiguous plan has."""

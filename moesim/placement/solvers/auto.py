@@ -24,6 +24,7 @@ BASELINES = ("contiguous", "lpt", "eplb")
 SPECIALISTS = {"balance": "balance", "affinity": "affinity", "hops": "affinity", "bottleneck": "bottleneck",
                "fanout": "joint", "step_time": "joint"}
 EXACT_UP_TO_EXPERTS = 8
+_SAME_OBJECTIVE = ("balance", "affinity", "bottleneck", "fanout", "step_time")
 _EXACT = ("affinity", "hops", "bottleneck")
 
 
@@ -102,6 +103,8 @@ class _Portfolio:
         self.best: tuple[tuple[float, ...], PlacementPlan] | None = None
         self.proof: SolveResult | None = None
         self.passed_over: list[str] = []
+        if progress is not None:
+            progress.sense = "min" if goal.single is None else goal.single.sense
 
     def offer(self, plan: PlacementPlan) -> None:
         """Score a plan (within the constraints), and its renamed form where that can help."""
@@ -128,7 +131,8 @@ class _Portfolio:
         """Run one solver from the plans found so far; a solver that cannot take the problem is passed over."""
         from moesim.placement.solvers import SOLVERS
 
-        progress = self.progress if self.goal.single is not None else None
+        # a specialist reports its own objective, so only where that is the goal may it report to the caller
+        progress = self.progress if self.goal.single is not None and self.goal.name in _SAME_OBJECTIVE else None
         try:
             result = call_solver(SOLVERS[solver], self.problem, seed=seed, time_limit_s=time_limit_s,
                                  starts=[plan for _, plan in self.plans], progress=progress, **options)
