@@ -102,9 +102,12 @@ class ExpertParallelBound:
         rows = -(-int(counts.sum()) // self.num_ranks)
         distinct = -(-int(np.count_nonzero(counts)) // self.num_ranks)
         if (rows, distinct) not in self._expert_cache:
-            by_rows = min(self._kernel_ns(rows, groups) for groups in range(1, min(rows, self.slots) + 1))
-            self._expert_cache[rows, distinct] = max(by_rows, self._kernel_ns(distinct, distinct))
+            self._expert_cache[rows, distinct] = max(self._rows_ns(rows), self._kernel_ns(distinct, distinct))
         return self._expert_cache[rows, distinct]
+
+    def _rows_ns(self, rows: int) -> int:
+        """The cheapest way to hold `rows` rows on one rank."""
+        return min(self._kernel_ns(rows, groups) for groups in range(1, min(rows, self.slots) + 1))
 
     def _kernel_ns(self, rows: int, groups: int) -> int:
         work = experts_work(self.model, rows, groups, -(-rows // groups))

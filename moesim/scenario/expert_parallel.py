@@ -13,6 +13,7 @@ from moesim.errors import InputError
 from moesim.hardware.cost import CostModel
 from moesim.hardware.spec import HardwareSpec
 from moesim.lowering.bounds import ExpertParallelBound
+from moesim.lowering.coherent_bound import ContextCoherentBound
 from moesim.lowering.context_coherent import ContextCoherentProgram
 from moesim.lowering.expert_parallel import ExpertParallelProgram
 from moesim.placement.bounds import balance_bound
@@ -41,8 +42,9 @@ BALANCER_NOTE = (
 )
 COHERENT_NOTE = (
     "Context-coherent execution: tokens move on from layer to layer, every rank holds the context of all requests (its memory "
-    "was checked) and repeats their prefill; bytes between ranks include the AllGather that ends each step. Imbalance's bound is "
-    "the best that any plan with these slots could reach; there is no proven bound on the step time."
+    "was checked) and repeats their prefill; bytes between ranks include the AllGather that ends each step. Bounds: imbalance, "
+    "the best that any plan with these slots could reach on the judged requests; step time, no plan with these slots can be "
+    "faster under the same costs (an even split of rows and distinct experts, only forced traffic, an even AllGather)."
 )
 
 
@@ -153,12 +155,14 @@ class ExpertParallelSetup:
         return PlannedPoint(choice.label, plan, self._row(choice, plan, program, result), result)
 
     def bound_s(self, slots_per_rank: int) -> float | None:
-        """Return the lower bound on the mean step time of any plan with these slots (coherent execution, LLEP: none)."""
+        """Return the lower bound on the mean step time of any plan with these slots (LLEP: none)."""
         system = self.study.system
-        if system.execution == "coherent" or system.balancer.name == "llep":  # LLEP computes experts without a slot
+        if system.balancer.name == "llep":  # LLEP computes experts without a slot
             return None
-        width = self.study.system.dispatch_bytes
-        bound = ExpertParallelBound(self.inputs.model, self.test, self.cost, slots_per_rank, width)
+        bound = ExpertParallelBound(self.inputs.model, self.test, self.cost, slots_per_rank, system.dispatch_bytes)
+        if system.execution == "coherent":
+            bound = ContextCoherentBound(self.inputs.model, self.test, self.cost, slots_per_rank, system.dispatch_bytes,
+                                         system.gather)
         steps = self.steps[self.study.workload.warmup_steps :]
         return s_from_ns(sum(bound.step(step).total_ns for step in steps)) / len(steps)
 
