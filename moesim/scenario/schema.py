@@ -163,7 +163,7 @@ def _check_solver_options(solver: str, options: Iterable[str]) -> None:
     parameters = inspect.signature(SOLVERS[solver]).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"seed", "time_limit_s"}
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"seed", "time_limit_s", "starts", "progress"}
     for name in options:
         if name not in known:
             raise ValueError(f"solver {solver!r} has no option {name!r}."
