@@ -11,8 +11,10 @@ from moesim.placement.result import SolveResult
 from moesim.placement.solvers.affinity import affinity
 from moesim.placement.solvers.auto import auto
 from moesim.placement.solvers.balance import balance
+from moesim.placement.solvers.bottleneck import bottleneck
 from moesim.placement.solvers.contiguous import contiguous
 from moesim.placement.solvers.eplb import eplb
+from moesim.placement.solvers.exact import exact
 from moesim.placement.solvers.exflow import exflow
 from moesim.placement.solvers.ilp import ilp
 from moesim.placement.solvers.lpt import lpt
@@ -38,5 +40,7 @@ SOLVERS: Registry[Solver] = Registry("placement solver", "moesim.solvers", {
     "moetuner": moetuner,
     "exflow": exflow,
     "ilp": ilp,
+    "exact": exact,
+    "bottleneck": bottleneck,
     "auto": auto,
 })
