@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,70 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.calibrate.shapes import expert_shape
-from moesim.errors import InputError
+from moesim.errors import CheckError, InputError
 from moesim.hardware.cost import CostModel
 from moesim.hardware.profile import CalibrationProfile, MeasuredTable
-from moesim.hardware.spec import Device, Fabric, HardwareSpec, Memory
+from moesim.hardware.spec import Memory
 from moesim.lowering.expert_parallel import ExpertParallelProgram
 from moesim.lowering.step_cost import step_cost, step_sample
-from moesim.model.spec import AttentionSpec, ModelSpec
+from moesim.model.spec import ModelSpec
+from moesim.placement.bounds.step_time import prove_step_time
+from moesim.placement.layer_search import StepTimeSearch
 from moesim.placement.objectives.step_time import STEP_TIME, layer_times_ns
-from moesim.placement.place import problem_from_trace
 from moesim.placement.plan import PlacementPlan
 from moesim.placement.problem import PlacementProblem
+from moesim.placement.verify.step_time import check_colocation
 from moesim.simulate.run import simulate
-from moesim.traces.blocks import block_trace
 from moesim.traces.steps import Step, closed_loop_steps
 from moesim.traces.trace import RoutingTrace
 
-
-def cluster(num_ranks: int, ranks_per_node: int, contention: str = "port", ranks_per_port: int = 1,
-            rate: float = 2e9, tile: int = 4) -> HardwareSpec:
-    """Equal GPUs; a fabric in the node and, where there are several nodes, a slower one between them."""
-    devices = {f"gpu{r}": Device(f"gpu{r}", "gpu", f"hbm{r}", {"bf16": 1e12}, 1e-6, tile, node=r // ranks_per_node)
-               for r in range(num_ranks)}
-    memories = {f"hbm{r}": Memory(f"hbm{r}", "hbm", 100e9, 50e9) for r in range(num_ranks)}
-    fabrics = [Fabric("nvlink", "nvlink", "node", rate, 2e-6, ranks_per_port, contention)]
-    if num_ranks > ranks_per_node:
-        fabrics.append(Fabric("rdma", "rdma", "cluster", rate / 4, 4e-6, ranks_per_port, contention))
-    return HardwareSpec("cluster", devices, memories, fabrics=tuple(fabrics), ranks=tuple(devices),
-                        ranks_per_node=ranks_per_node)
-
-
-def tiny_model(trace: RoutingTrace, **changes: object) -> ModelSpec:
-    """A small model of the trace's shape with one dense layer in front."""
-    layers = tuple(range(1, trace.num_layers + 1))
-    model = ModelSpec("tiny", trace.num_layers + 1, layers, trace.num_experts, trace.top_k, 64, 96,
-                      AttentionSpec(4, 2, 16), 128, dense_intermediate_size=512)
-    return model.replace(**changes)
-
-
-def random_plan(rng: np.random.Generator, problem: PlacementProblem, shares: bool = False) -> PlacementPlan:
-    """Every expert somewhere, random replicas, in random order; random shares where wanted."""
-    extra = problem.num_slots - problem.num_experts
-    rows = np.stack([rng.permutation(np.concatenate([np.arange(problem.num_experts),
-                                                     rng.integers(problem.num_experts, size=extra)]))
-                     for _ in range(problem.num_layers)])
-    plan = PlacementPlan(rows, problem.num_ranks, problem.num_experts)
-    if not shares:
-        return plan
-    weight = rng.random(rows.shape) + 0.1
-    total = np.zeros((len(rows), problem.num_experts))
-    np.add.at(total, (np.arange(len(rows))[:, None], rows), weight)
-    return dataclasses.replace(plan, slot_share=weight / np.take_along_axis(total, rows, axis=1))
-
-
-def world(seed: int, *, num_ranks: int = 4, per_node: int = 2, redundant: int = 0, layers: int = 2, experts: int = 8,
-          batch: int = 12, num_steps: int = 3, contention: str = "port", ranks_per_port: int = 1,
-          **changes: object) -> tuple[PlacementProblem, RoutingTrace, ModelSpec, CostModel, list[Step]]:
-    """A trace, its steps, a machine, and the problem that joins them."""
-    trace = block_trace(240, layers, experts, 2, request_tokens=6, seed=seed)
-    model = tiny_model(trace, **changes)
-    cost = CostModel(cluster(num_ranks, per_node, contention, ranks_per_port))
-    steps = closed_loop_steps(trace, batch_size=batch, max_steps=num_steps, seed=seed)
-    problem = problem_from_trace(trace, num_ranks=num_ranks, ranks_per_node=per_node, redundant_experts=redundant)
-    sample = step_sample(trace, steps, num_ranks, model=model, cost=cost)
-    return (dataclasses.replace(problem, steps=sample, step_cost=step_cost(model, cost)), trace, model, cost, steps)
+_spec = spec_from_file_location("step_worlds", Path(__file__).with_name("step_worlds.py"))
+assert _spec is not None and _spec.loader is not None
+worlds = module_from_spec(_spec)
+_spec.loader.exec_module(worlds)
+random_plan, world = worlds.random_plan, worlds.world
 
 
 def simulated_ns(trace: RoutingTrace, model: ModelSpec, cost: CostModel, steps: list[Step],
@@ -172,3 +131,78 @@ def test_bad_input_is_refused() -> None:
         step_cost(model, CostModel(mixed))
     with pytest.raises(InputError, match="needs the costs of a layer"):
         STEP_TIME.value(dataclasses.replace(problem, step_cost=None), plan)
+
+
+def least_ns(problem: PlacementProblem) -> float:
+    """The least step time of a one-layer problem over all divisions of the experts.
+
+    By the compiled costs, which test_placement_joint.py holds against the exact function.
+    """
+    assert problem.steps is not None
+    search = StepTimeSearch(problem, 0, 0, 0.0)
+    return min(search.start(row) for row in worlds.all_rows(problem)) / problem.steps.num_steps
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"contention": "egress"}, {"contention": "pair"}, {"num_ranks": 4, "per_node": 4}, {"batch": 2},
+    {"ranks_per_port": 2}, {"shared_intermediate_size": 512}, {"num_ranks": 2, "per_node": 1}, {"batch": 40},
+])
+def test_no_plan_is_below_the_bound(options: dict) -> None:
+    """The bound is below the best of all placements of small worlds, and its checker finds the same value."""
+    for seed in range(2):
+        problem = world(seed, layers=1, **options)[0]
+        best = least_ns(problem)
+        for limit in (0.0, 5.0):
+            certificate = prove_step_time(problem, seed=0, time_limit_s=limit)
+            assert 0 < certificate.bound <= best
+            checked = check_colocation(problem, certificate)
+            assert checked <= best
+            assert checked == pytest.approx(certificate.bound, rel=2.0**-20)
+        assert certificate.bound > (0.6 if len(problem.steps.expert_ids) > 6 else 0.2) * best  # it says something
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 2), st.sampled_from(["port", "egress", "pair"]), st.integers(1, 30))
+def test_no_random_plan_is_below_the_bound(seed: int, redundant: int, contention: str, batch: int) -> None:
+    """Random plans, replicas and uneven shares included, stay above the bound."""
+    problem = world(seed % 11, redundant=4 * redundant, contention=contention, batch=batch, num_steps=2)[0]
+    certificate = prove_step_time(problem, seed=0, time_limit_s=0.5)
+    checked = check_colocation(problem, certificate)
+    assert checked == pytest.approx(certificate.bound, rel=2.0**-20)
+    rng = np.random.default_rng(seed)
+    for turn in range(12):
+        plan = random_plan(rng, problem, shares=bool(turn % 2))
+        assert STEP_TIME.value(problem, plan) >= max(checked, certificate.bound)
+
+
+def test_any_choice_of_forms_is_a_bound() -> None:
+    """Whatever forms, experts and multipliers a certificate names, what the checker vouches for holds."""
+    problem = world(5, layers=1, num_ranks=4, per_node=2)[0]
+    best, good = least_ns(problem), prove_step_time(problem, seed=0, time_limit_s=2.0)
+    rng = np.random.default_rng(0)
+    for _ in range(120):
+        arrays = {name: rng.integers(4 if name.endswith("form") else 8, size=array.shape)
+                  if name.endswith(("form", "expert")) else array + rng.normal(size=array.shape) * rng.choice([0, 100])
+                  for name, array in good.arrays.items()}
+        assert check_colocation(problem, dataclasses.replace(good, arrays=arrays)) <= best
+
+
+def test_a_bent_certificate_is_refused() -> None:
+    """Missing, misshapen or infinite arrays, and forms that do not exist, are a CheckError."""
+    problem = world(1)[0]
+    good = prove_step_time(problem, seed=0, time_limit_s=1.0)
+    for name, array in good.arrays.items():
+        rest = {key: value for key, value in good.arrays.items() if key != name}
+        with pytest.raises(CheckError, match=f"'{name}' is missing"):
+            check_colocation(problem, dataclasses.replace(good, arrays=rest))
+        with pytest.raises(CheckError, match="must be"):
+            check_colocation(problem, dataclasses.replace(good, arrays={**rest, name: array[:1, :1]}))
+        with pytest.raises(CheckError, match="must be"):
+            wrong = np.full(array.shape, np.nan) if array.dtype.kind == "f" else array + 99
+            check_colocation(problem, dataclasses.replace(good, arrays={**rest, name: wrong}))
+
+
+def test_bounds_need_steps_and_costs() -> None:
+    """Counts alone bound nothing here."""
+    with pytest.raises(InputError, match="needs the steps of a trace"):
+        prove_step_time(dataclasses.replace(world(0)[0], step_cost=None), seed=0, time_limit_s=1.0)

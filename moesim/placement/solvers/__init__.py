@@ -17,6 +17,7 @@ from moesim.placement.solvers.eplb import eplb
 from moesim.placement.solvers.exact import exact
 from moesim.placement.solvers.exflow import exflow
 from moesim.placement.solvers.ilp import ilp
+from moesim.placement.solvers.joint import joint
 from moesim.placement.solvers.lpt import lpt
 from moesim.placement.solvers.moetuner import moetuner
 from moesim.placement.solvers.random_ import random_
@@ -37,9 +38,10 @@ SOLVERS: Registry[Solver] = Registry("placement solver", "moesim.solvers", {
     "eplb-tensorrt-llm": eplb_tensorrt_llm,
     "balance": balance,
     "affinity": affinity,
-    "moetuner": moetuner,
     "exflow": exflow,
+    "moetuner": moetuner,
     "ilp": ilp,
+    "joint": joint,
     "exact": exact,
     "bottleneck": bottleneck,
     "auto": auto,

@@ -1,0 +1,179 @@
+"""Joint: never worse than any start, equal to brute force where that is possible, kernels equal to the objectives."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.errors import InputError
+from moesim.placement.constraints import Apart, Capacity, Constraints, Pin
+from moesim.placement.layer_search import FanoutSearch, StepTimeSearch
+from moesim.placement.objectives.fanout import FANOUT, layer_fanout
+from moesim.placement.objectives.migration import MIGRATION, moved_experts
+from moesim.placement.objectives.step_time import STEP_TIME, layer_times_ns
+from moesim.placement.place import place
+from moesim.placement.plan import PlacementPlan
+from moesim.placement.problem import PlacementProblem
+from moesim.placement.progress import Progress
+from moesim.placement.solvers.joint import joint
+
+_spec = spec_from_file_location("step_worlds", Path(__file__).with_name("step_worlds.py"))
+assert _spec is not None and _spec.loader is not None
+worlds = module_from_spec(_spec)
+_spec.loader.exec_module(worlds)
+random_plan, world = worlds.random_plan, worlds.world
+SHAPES = [{}, {"redundant": 4}, {"contention": "pair", "redundant": 4}, {"contention": "egress"},
+          {"ranks_per_port": 2, "num_ranks": 8, "per_node": 4, "redundant": 8}, {"num_ranks": 4, "per_node": 4},
+          {"shared_intermediate_size": 2048, "redundant": 4}]
+
+
+def best_per_layer(problem: PlacementProblem, cost: object) -> np.ndarray:
+    """Return float64[layer], the least cost of a layer over all plans with one slot per expert."""
+    plans = (PlacementPlan(np.tile(row, (problem.num_layers, 1)), problem.num_ranks, problem.num_experts)
+             for row in worlds.all_rows(problem))
+    return np.min([cost(plan) for plan in plans], axis=0)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_kernels_count_as_the_objectives_do(options: dict) -> None:
+    """After any sequence of moves the compiled costs of a layer are those of the exact function on its slots."""
+    problem = world(4, **options)[0]
+    rng = np.random.default_rng(0)
+    plan = random_plan(rng, problem)
+    time = StepTimeSearch(problem, 1, 0, 0.0)
+    reach = FanoutSearch(problem, 1, 0, 0.0, node_weight=0.5)
+    for search in (time, reach):
+        search.start(plan.physical_to_logical[1])
+        for _ in range(60):
+            slot, other = rng.integers(problem.num_slots, size=2).tolist()
+            slots = search.place.slots
+            if slots[slot] != slots[other]:
+                cost = search.change(slot, other, int(slots[other]))
+            if search.place.count[slots[slot]] > 1:
+                cost = search.change(slot, -1, int(rng.integers(problem.num_experts)))
+            now = PlacementPlan(np.tile(slots, (2, 1)), problem.num_ranks, problem.num_experts)
+            reached = layer_fanout(problem, now)
+            expected = (layer_times_ns(problem, now)[:, 1].sum() if search is time
+                        else reached["ranks"][1] + 0.5 * reached["nodes"][1])
+            assert cost == expected
+
+
+def test_swaps_are_judged_as_they_are_made() -> None:
+    """The quick judgement of a swap equals the change that making it brings."""
+    from moesim.placement.kernels.fanout import swap_delta
+
+    problem = world(4)[0]
+    search, rng = FanoutSearch(problem, 0, 0, 0.0, node_weight=0.75), np.random.default_rng(1)
+    cost = search.start(random_plan(rng, problem).physical_to_logical[0])
+    for _ in range(200):
+        slot, other = rng.integers(problem.num_slots, size=2).tolist()
+        first, second = (int(search.place.slots[one]) for one in (slot, other))
+        if slot // 2 != other // 2:
+            delta = swap_delta(search.uses, search.place, search.nodes, search.rules, 0.75, first, second)
+            after = search.change(slot, other, second)
+            assert after - cost == delta
+            cost = after
+
+
+@pytest.mark.parametrize(("objective", "value"), [("step_time", STEP_TIME), ("fanout", FANOUT)])
+@pytest.mark.parametrize("seed", range(2))
+def test_small_layers_are_solved_exactly(objective: str, value: object, seed: int) -> None:
+    """With 8 experts on 4 ranks annealing finds the optimum of all 2520 placements, layer by layer."""
+    problem = world(seed)[0]
+    if objective == "step_time":
+        best = best_per_layer(problem, lambda plan: layer_times_ns(problem, plan).sum(axis=0) / 3).sum()
+    else:
+        tokens = len(problem.steps.expert_ids) * 2  # type: ignore[union-attr]
+        best = best_per_layer(problem, lambda plan: layer_fanout(problem, plan)["ranks"]).sum() / tokens
+    result = joint(problem, seed=0, objective=objective, moves=4000, time_limit_s=30.0)
+    assert result.objective == pytest.approx(best, rel=1e-12)
+    assert value.value(problem, result.plan) == pytest.approx(best, rel=1e-12)  # type: ignore[attr-defined]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["step_time", "fanout"]), st.integers(0, 2), st.booleans())
+def test_no_start_is_better(seed: int, objective: str, redundant: int, shares: bool) -> None:
+    """Whatever it starts from, no layer costs more than in any start; with uneven shares, not in sum."""
+    problem = world(seed % 7, redundant=4 * redundant)[0]
+    rng = np.random.default_rng(seed)
+    starts = [random_plan(rng, problem, shares=shares) for _ in range(3)]
+    plan = joint(problem, objective=objective, moves=3, seed=seed, time_limit_s=5.0, starts=starts).plan
+    assert plan is not None
+
+    def cost(one: PlacementPlan) -> np.ndarray:
+        return layer_times_ns(problem, one).sum(axis=0) if objective == "step_time" else layer_fanout(
+            problem, one)["ranks"]
+
+    others = [*starts, *(place(problem, name).plan for name in ("contiguous", "lpt", "eplb")
+                         if redundant == 0 or name != "contiguous")]
+    for other in others:
+        assert cost(plan).sum() <= cost(other).sum()
+        assert shares or np.all(cost(plan) <= cost(other))
+
+
+def test_same_seed_same_plan() -> None:
+    """Two searches with one seed return the same slots, on one thread or two."""
+    problem = world(2, redundant=4)[0]
+    plans = [joint(problem, moves=500, threads=threads, seed=3, time_limit_s=60.0).plan
+             for threads in (1, 2, 2)]
+    rows = [plan.physical_to_logical for plan in plans if plan is not None]
+    assert all(np.array_equal(rows[0], row) for row in rows[1:])
+    assert plans[0] is not None and plans[0].provenance["complete"] is True
+
+
+def test_constraints_are_kept() -> None:
+    """Pins, pairs apart and capacities hold in the result, and it still improves on the repaired starts."""
+    rules = Constraints((Pin(3, 0), Pin(5, 2, 1)), (Apart(0, 1), Apart(2, 4, 0)), (Capacity("node", 0, 4),))
+    problem = dataclasses.replace(world(1, redundant=4)[0], constraints=rules)
+    plan = joint(problem, seed=0, moves=2000, time_limit_s=30.0).plan  
+    assert plan is not None and not rules.broken(plan, 2)
+    free = joint(dataclasses.replace(problem, constraints=Constraints()), seed=0, moves=2000, time_limit_s=30.0)
+    assert STEP_TIME.value(problem, plan) >= free.objective  # type: ignore[operator]
+
+
+def test_migration_is_weighed() -> None:
+    """A prohibitive price keeps the current plan; a small one moves fewer bytes than none at all."""
+    problem = world(6)[0]
+    current = random_plan(np.random.default_rng(9), problem)
+    problem = dataclasses.replace(problem, current=current, expert_bytes=np.array([1000, 1000]))
+    stay = joint(problem, seed=0, moves=1000, migration_weight=1e6, time_limit_s=30.0)
+    assert stay.plan is not None and moved_experts(current, stay.plan).sum() == 0
+    free = joint(problem, seed=0, moves=1000, time_limit_s=30.0)
+    some = joint(problem, seed=0, moves=1000, migration_weight=0.5, time_limit_s=30.0)
+    assert free.plan is not None and some.plan is not None and some.objective is not None
+    assert MIGRATION.value(problem, some.plan) < MIGRATION.value(problem, free.plan)
+    total = STEP_TIME.value(problem, some.plan) + 0.5 * MIGRATION.value(problem, some.plan)
+    assert some.objective == pytest.approx(total, rel=1e-12)
+
+
+def test_progress_falls_to_the_result() -> None:
+    """Reports of a search never rise, and the last one is the result's objective."""
+    problem, seen = world(3)[0], []
+    progress = Progress(listener=lambda report: seen.append(report.objective))
+    result = joint(problem, seed=0, moves=400, time_limit_s=30.0, progress=progress)
+    assert seen == sorted(seen, reverse=True) and len(seen) > 1
+    assert progress.objective == pytest.approx(result.objective, rel=1e-9)
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"objective": "fanuot"}, "Did you mean 'fanout'"),
+    ({"node_weight": -1.0}, "weights must be finite"),
+    ({"moves": 0}, "moves and threads must be at least 1"),
+    ({"migration_weight": 1.0}, "needs the plan that is loaded now"),
+])
+def test_bad_options_are_refused(options: dict, text: str) -> None:
+    """An option out of range is named with what was expected."""
+    with pytest.raises(InputError, match=text):
+        joint(world(0)[0], seed=0, time_limit_s=1.0, **options)
+
+
+def test_steps_are_needed() -> None:
+    """Without token sets there is nothing to search."""
+    with pytest.raises(InputError, match="needs token sets step by step"):
+        joint(dataclasses.replace(world(0)[0], steps=None), seed=0, time_limit_s=1.0)
