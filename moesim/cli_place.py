@@ -45,6 +45,7 @@ from moesim.cli_place_options import (
 from moesim.errors import CheckError, InputError
 
 if TYPE_CHECKING:
+    from moesim.scenario.place_compare import Comparison
     from moesim.scenario.placing import PlaceRequest
 
 place_app = typer.Typer(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -88,9 +89,8 @@ def place(
         trace=trace, hardware=hardware, current=current, model=model, profile=profile, num_nodes=num_nodes,
         gpus_per_node=gpus_per_node, redundant_experts=redundant_experts, holdout=holdout, execution=execution,
         batch_size=batch_size, seed=seed, constraints=read_constraints(pin, apart, rank_capacity, node_capacity))
-    if solver == "auto" and objective is None:
-        objective = "auto"
-    search = {"solver": solver, "objective": objective, "time_limit_s": time_limit, "prove_s": prove,
+    goal = "auto" if solver == "auto" and objective is None else objective
+    search = {"solver": solver, "objective": goal, "time_limit_s": time_limit, "prove_s": prove,
               "options": solver_options(option)}
     _place(request, search, out, json)
 
@@ -145,8 +145,6 @@ def compare(
     json: JsonFlag = False,
 ) -> None:
     """Run every solver on one trace; table and picture of quality against time, the bound as a line."""
-    from moesim.placement.constraints import Constraints
-    from moesim.report.placement import COMPARE_COLUMNS, compare_row
     from moesim.scenario.place_compare import run_compare
 
     check_seconds("--time-limit", time_limit)
@@ -154,14 +152,20 @@ def compare(
     request = place_request(
         trace=trace, hardware=hardware, current=current, model=model, profile=profile, num_nodes=num_nodes,
         gpus_per_node=gpus_per_node, redundant_experts=redundant_experts, holdout=holdout, execution=execution,
-        batch_size=batch_size, seed=seed, constraints=Constraints())
+        batch_size=batch_size, seed=seed)
     names = None if solvers is None else [name.strip() for name in solvers.split(",")]
     with _progress(quiet=json) as listener:
         outcome = run_compare(request, names, objective=objective or "auto", time_limit_s=time_limit, prove_s=prove,
                               folder=out, listener=listener)
     if json:
         emit_json({**outcome.facts, "rows": outcome.rows, "files": outcome.files})
-        return
+    else:
+        _show_comparison(outcome)
+
+
+def _show_comparison(outcome: Comparison) -> None:
+    from moesim.report.placement import COMPARE_COLUMNS, compare_row
+
     table = new_table(outcome.title, *COMPARE_COLUMNS)
     for row in outcome.rows:
         add_row(table, *compare_row(row, outcome.facts))
@@ -194,8 +198,6 @@ def rolling(
     json: JsonFlag = False,
 ) -> None:
     """Plan again every N steps, pay for the moved experts, and compare with one plan that stays."""
-    from moesim.placement.constraints import Constraints
-    from moesim.report.placement import ROLLING_COLUMNS, rolling_row
     from moesim.scenario.placing import PlaceSetup
     from moesim.scenario.replanning import Replanner, Rolling, static_plan, summary
 
@@ -203,20 +205,25 @@ def rolling(
     request = place_request(
         trace=trace, hardware=hardware, current=None, model=model, profile=profile, num_nodes=num_nodes,
         gpus_per_node=gpus_per_node, redundant_experts=redundant_experts, holdout=holdout, execution=execution,
-        batch_size=batch_size, seed=seed, constraints=Constraints())
+        batch_size=batch_size, seed=seed)
     setup = PlaceSetup(request)
     plans = Rolling(every, window, solver, setup.goal_text(objective), time_limit, solver_options(option))
     rows = list(Replanner(setup, plans, max_steps).rows(static_plan(setup, plans)))
     if json:
         emit_json({"rows": rows, **summary(rows)})
-        return
-    table = new_table(f"A new plan by {solver} every {every} steps, from the last {window}", *ROLLING_COLUMNS)
+    else:
+        _show_rolling(f"A new plan by {solver} every {every} steps, from the last {window}", rows, summary(rows))
+
+
+def _show_rolling(title: str, rows: list[dict[str, Any]], means: dict[str, float]) -> None:
+    from moesim.report.placement import ROLLING_COLUMNS, rolling_row
+    from moesim.report.tables import format_value
+
+    table = new_table(title, *ROLLING_COLUMNS)
     for row in rows:
         add_row(table, *rolling_row(row))
     console().print(table)
-    from moesim.report.tables import format_value
-
-    show_pairs("Per step, over the run", [(key, format_value(key, value)) for key, value in summary(rows).items()])
+    show_pairs("Per step, over the run", [(key, format_value(key, value)) for key, value in means.items()])
 
 
 @place_app.command()

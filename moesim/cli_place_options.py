@@ -50,8 +50,7 @@ def read_constraints(pins: list[str], apart: list[str], ranks: list[str], nodes:
     return parse_constraints(f"{kind} {text}" for kind, texts in kinds.items() for text in texts)
 
 
-def place_request(*, trace: str | None, hardware: str | None, current: Path | None, constraints: Constraints,
-                  **more: Any) -> PlaceRequest:
+def place_request(*, trace: str | None, hardware: str | None, current: Path | None, **more: Any) -> PlaceRequest:
     """Return the request of the command line; raises InputError where the trace or the hardware is missing."""
     from moesim.placement.plan import read_plan
     from moesim.scenario.placing import PlaceRequest
@@ -60,7 +59,7 @@ def place_request(*, trace: str | None, hardware: str | None, current: Path | No
         if value is None:
             raise InputError(f"missing option {flag}. Try 'moesim place --help'.")
     plan = None if current is None else read_plan(current)
-    return PlaceRequest(trace=str(trace), hardware=str(hardware), current=plan, constraints=constraints, **more)
+    return PlaceRequest(trace=str(trace), hardware=str(hardware), current=plan, **more)
 
 
 def solver_options(pairs: list[str]) -> dict[str, Any]:

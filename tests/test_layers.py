@@ -210,3 +210,13 @@ def test_help_is_quick() -> None:
         after = os.times()
         times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert 0 < statistics.median(times) < 2.0
+
+
+def test_verification_shares_nothing_with_what_it_checks() -> None:
+    """The checkers import neither solvers, kernels nor bounds, nor what those build on."""
+    allowed = {"certificate", "plan", "problem", "verify", "objectives"}
+    wrong = [f"{file.name}:{line}: {name}" for file in (PACKAGE / "placement/verify").glob("*.py")
+             for line, name in imported(ast.parse(file.read_text()))
+             if name.startswith("moesim.") and name != "moesim.errors"
+             and not (name.startswith("moesim.placement.") and name.split(".")[2] in allowed)]
+    assert not wrong, "\n".join(wrong)
