@@ -83,6 +83,14 @@ class AffinitySearch:
                     stale[layer] = False
         return True
 
+    def round(self, relaxed: np.ndarray, until_s: float = float("inf")) -> np.ndarray:
+        """Return homes made of relaxed co-location matrices float[pair, E, E]: sweeps on them, then on the counts."""
+        source = self.padded(relaxed)
+        homes = self.forward(self.block(), source)
+        self.sweep(homes, until_s, source)
+        self.sweep(homes, until_s)
+        return homes
+
     def anneal(self, homes: np.ndarray, moves: int, seed: int, until_s: float, *, hot: float = 0.3,
                cold: float = 0.02, each: Callable[[], None] | None = None) -> bool:
         """Anneal `homes` in place; temperatures in spreads of the gains of an expert over ranks.
