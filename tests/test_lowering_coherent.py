@@ -339,6 +339,20 @@ def test_the_bound_is_reached_by_a_perfect_plan(gather: str) -> None:
     assert ContextCoherentBound(program.model, trace, program.cost, 1, None, gather).step(steps[0]).total_ns == end
 
 
+def test_long_contexts_apart_from_many_tokens_are_not_added() -> None:
+    """One token of a long context on one rank, forty short ones on the other: the bound counts the shortest contexts."""
+    count = 41
+    experts = np.array([0] + [1] * 40)
+    trace = RoutingTrace(
+        expert_ids=np.tile(experts[:, None, None], (1, 3, 1)), request_id=np.arange(count),
+        position=np.array([20_000] + [500] * 40), phase=np.full(count, DECODE), step=np.zeros(count, int), num_experts=2,
+        layer_ids=np.arange(3))
+    steps = closed_loop_steps(trace, batch_size=count)
+    program, _, end = run(trace, plan_of([[0, 1]] * 3, 2), cluster(2, 2, rate=1e12), steps, gather="ids")
+    bound = ContextCoherentBound(program.model, trace, program.cost, 1, None, "ids").step(steps[0])
+    assert bound.total_ns <= end
+
+
 # ---------------------------------------------------------------- memory and errors
 
 

@@ -152,6 +152,21 @@ def test_the_result_is_never_worse_than_a_start_and_never_beats_its_bound() -> N
             assert result.objective_bound <= result.objective
 
 
+@pytest.mark.parametrize("mode", ["bipartition", "direct"])
+def test_a_plan_to_start_from_is_found_again_at_every_level(mode: str) -> None:
+    """Without time for any program, the cuts of the start are kept through all stages, whatever its ranks are called."""
+    trace = block_trace(2000, 5, 16, 1, strength=6.0, seed=4)
+    problem = problem_from_trace(trace, num_ranks=8, ranks_per_node=4)
+    good = place(problem, "affinity", node_weight=0.5).plan
+    assert good is not None
+    name = np.array([6, 7, 5, 4, 2, 3, 1, 0])  # within nodes and halves only
+    renamed = PlacementPlan(slots_from_homes(name[homes_from_plan(good)], 8, 2), 8, 16)
+    result = exflow(problem, seed=0, time_limit_s=2**-20, mode=mode, starts=[renamed])
+    assert result.plan is not None
+    assert result.objective == pytest.approx(OBJECTIVES["hops"].value(problem, good))
+    assert not result.plan.provenance["from_start"]  # the stages themselves arrived there
+
+
 def test_the_same_seed_gives_the_same_plan() -> None:
     """Where every program is solved, the clock plays no part."""
     problem = problem_of(random_transitions(4, 4, 3), 4, 2)

@@ -137,11 +137,11 @@ class _Staged:
         self.weight_left = (self._weight(problem.num_experts, problem.num_nodes)
                             + problem.num_nodes * self._weight(inside, width))
         everyone = np.tile(np.arange(problem.num_experts), (problem.num_layers, 1))
-        node = self._split(everyone, problem.num_nodes, 0, problem.num_ranks)
+        node = self._split(everyone, problem.num_nodes, problem.num_ranks)
         homes = np.empty_like(node)
         for number in range(problem.num_nodes):
             members = everyone[node == number].reshape(problem.num_layers, inside)
-            rank = self._split(members, width, number * width, width)
+            rank = self._split(members, width, width)
             homes[node == number] = (number * width + rank).ravel()
         return homes
 
@@ -159,41 +159,45 @@ class _Staged:
             return float(members**2)
         return members**2 + 2 * self._weight(members // 2, num_parts // 2)
 
-    def _split(self, members: np.ndarray, num_parts: int, first_rank: int, num_ranks: int) -> np.ndarray:
+    def _split(self, members: np.ndarray, num_parts: int, num_ranks: int) -> np.ndarray:
         """Return int64[layer, member] parts of int64[layer, member] experts, which get `num_ranks` ranks in all."""
         if num_parts == 1:
             return np.zeros_like(members)
         if self.mode == "direct":
-            return self._program(members, num_parts, first_rank, num_ranks)
-        half = self._program(members, 2, first_rank, num_ranks)
+            return self._program(members, num_parts, num_ranks)
+        half = self._program(members, 2, num_ranks)
         parts = np.empty_like(half)
         for side in (0, 1):
             own = members[half == side].reshape(len(members), -1)
-            inner = self._split(own, num_parts // 2, first_rank + side * num_ranks // 2, num_ranks // 2)
+            inner = self._split(own, num_parts // 2, num_ranks // 2)
             parts[half == side] = (side * (num_parts // 2) + inner).ravel()
         return parts
 
-    def _program(self, members: np.ndarray, num_parts: int, first_rank: int, num_ranks: int) -> np.ndarray:
+    def _program(self, members: np.ndarray, num_parts: int, num_ranks: int) -> np.ndarray:
         rows = members[:-1, :, None], members[1:, None, :]
         own = self.transitions[np.arange(len(members) - 1)[:, None, None], *rows]
         weight = float(members.shape[1] ** 2)
         left_s = max(0.0, self.until_s - time.perf_counter())
         limit_s = min(self.sub_limit_s, left_s * weight / self.weight_left)
         self.weight_left = max(weight, self.weight_left - weight)
-        start = self._start(own, members, num_parts, first_rank, num_ranks)
+        start = self._start(own, members, num_parts, num_ranks)
         split = solve_split(own, start, backend=self.backend, limit_s=limit_s, seed=self.seed,
                             hint=self.warm_start or bool(self.starts))
         self._record(split)
         return split.parts
 
-    def _start(self, own: np.ndarray, members: np.ndarray, num_parts: int, first_rank: int,
-               num_ranks: int) -> np.ndarray:
-        """Return the best split at hand: greedy or blocks, and that of each plan to start from that has one here."""
+    def _start(self, own: np.ndarray, members: np.ndarray, num_parts: int, num_ranks: int) -> np.ndarray:
+        """Return the best split at hand: greedy or blocks, and that of each plan to start from that has one here.
+
+        A plan has one where these experts are all that some aligned block of `num_ranks` of its ranks holds, whichever:
+        splits number their parts anew.
+        """
         room = members.shape[1] // num_parts
         blocks = np.tile(np.arange(members.shape[1]) // room, (len(members), 1))
         found = [forward_split(own, num_parts) if self.warm_start else blocks]
         for homes in self.starts:
-            parts = (np.take_along_axis(homes, members, axis=1) - first_rank) // (num_ranks // num_parts)
+            here = np.take_along_axis(homes, members, axis=1)
+            parts = (here - here.min() // num_ranks * num_ranks) // (num_ranks // num_parts)
             counts = [np.bincount(row, minlength=num_parts) for row in np.clip(parts, 0, num_parts - 1)]
             if parts.min() >= 0 and parts.max() < num_parts and np.all(np.array(counts) == room):
                 found.append(parts)
