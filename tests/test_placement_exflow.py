@@ -120,6 +120,17 @@ def test_nodes_come_first_then_their_ranks(mode: str) -> None:
         assert result.plan.provenance["proved"] == result.plan.provenance["programs"] == 3
 
 
+def test_halves_of_halves_have_ids_that_adjoin() -> None:
+    """The first cut of four ranks is between ranks 0, 1 and ranks 2, 3, and it is the one with the fewest crossings."""
+    for seed in range(4):
+        counts = random_transitions(3, 4, seed)
+        plan = place(problem_of(counts, 4, 4), "exflow", time_limit_s=20).plan
+        assert plan is not None
+        homes = homes_from_plan(plan)
+        assert homes is not None
+        assert crossing(counts, homes // 2) == fewest_crossings(counts, 2)
+
+
 def test_the_greedy_pass_alone_is_beaten_where_there_is_time_and_never_loses() -> None:
     """The program improves on its warm start or keeps it; cold, with no time, blocks are what is left."""
     trace = block_trace(800, 5, 6, 1, strength=3.0, seed=2)
