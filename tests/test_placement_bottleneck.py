@@ -133,7 +133,7 @@ def test_bounds_hold_on_every_plan(experts: int, ranks: int, per_node: int, laye
         plans = plans or every_plan(problem)
         chosen = plans if len(plans) <= 300 else [plans[i] for i in np.random.default_rng(seed).integers(0, len(plans), 150)]
         least = min(GOAL.value(problem, plan) for plan in chosen)
-        proof = prove_bottleneck(problem, seed=0, time_limit_s=5.0)
+        proof = prove_bottleneck(problem, seed=0, time_limit_s=3.0 if seed % 8 == 0 else 0.02)
         assert quick_bottleneck(problem).bound <= proof.bound
         assert proof.bound <= least * (1 + 1e-9)
         assert check(problem, proof) == pytest.approx(proof.bound, rel=1e-6)
@@ -273,7 +273,7 @@ def test_false_multipliers_prove_less(name: str) -> None:
     """Whatever the multipliers, what the checker vouches for stays below a plan's value."""
     rng = np.random.default_rng(0)
     problem = make_problem(5, 16, 4, 2, 4)
-    proof = prove_bottleneck(problem, seed=0, time_limit_s=5.0)
+    proof = prove_bottleneck(problem, seed=0, time_limit_s=1.0)
     assert "diagonal" in proof.arrays or name != "diagonal"
     least = bottleneck(problem, seed=0, time_limit_s=5.0, moves=200_000).objective
     assert least is not None
@@ -299,7 +299,7 @@ def test_false_multipliers_prove_less(name: str) -> None:
 def test_tampered_certificates_are_refused(name: str, change: object, text: str) -> None:
     """Arrays that are missing, misshapen or not finite are refused with the array's name."""
     problem = make_problem(5, 16, 4, 2, 4)
-    arrays = {**prove_bottleneck(problem, seed=0, time_limit_s=5.0).arrays}
+    arrays = {**prove_bottleneck(problem, seed=0, time_limit_s=0.1).arrays}
     arrays.setdefault("chosen", np.ones(3, bool))
     arrays.setdefault("diagonal", np.ones((4, 16)))
     if change is None:

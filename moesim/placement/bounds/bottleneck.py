@@ -6,17 +6,20 @@ The busiest port of a pair of layers is at least
   node and `c` on its rank (c slots per rank, m ranks per node), so that its row costs at least a known number of port
   seconds wherever it lives; these numbers are loads, and `balance_bound` says what the busiest rank has of them;
 - the mean over the ports, ``(cluster_s T - (cluster_s - node_s) K - node_s k) / R`` where T tokens pass, and at most K
-  stay on their node and k on their rank. K and k are bounded pair by pair (b-matching duals) or, K, over the whole
-  chain of layers (`bounds.node_chain`).
+  stay on their node and k on their rank. They are bounded pair by pair (b-matching duals), or over the whole chain of
+  layers: K alone (`bounds.node_chain`), or the weighted sum of both (`bounds.chain_sdp`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from moesim.placement.blas_threads import one_blas_thread
 from moesim.placement.bounds.balance import balance_bound
 from moesim.placement.certificate import Certificate
 from moesim.placement.objectives import OBJECTIVES
@@ -28,6 +31,9 @@ METHOD = "ports"
 _SAFE = 2.0**-36  # relative, far above the rounding of these sums
 _ROUNDS = 60  # of the duals' alternation
 _STALLS = 2.0**-20
+_HOPE = 1.1  # how far a chain may lift a mean port above its b-matching value
+_NODE_CHAIN_EXPERTS = 128  # beyond, the chain SDP is the better use of the time
+_CHAIN_UNTIL = 0.9  # of the time: the last proof of the chain SDP may overrun
 
 
 def quick_bottleneck(problem: PlacementProblem) -> Certificate:
@@ -40,31 +46,82 @@ def prove_bottleneck(problem: PlacementProblem, *, seed: int, time_limit_s: floa
                      incumbent: PlacementPlan | None = None, progress: Progress | None = None) -> Certificate:
     """Return a proven lower bound on the bottleneck objective, with its multipliers (checker: method ``ports``).
 
-    Stages, each reported: loads and hot experts; b-matching duals of every pair; with one slot per expert and more
-    than one node, the chain of nodes, over the pairs whose mean port exceeds the hot one. The best bound is kept.
-    Neither `seed` nor `incumbent` is used; everything is deterministic but for where the clock ends the last stage.
+    Stages, each reported: loads and hot experts; b-matching duals of every pair; then, with one slot per expert and
+    the far link the dearer one, what stays close along the whole chain of layers, over the pairs whose mean port may
+    exceed the hot one: `node_chain` (few experts only), and `chain_sdp`, whose weighted kept fraction with the weight
+    ``(cluster_s - node_s) / cluster_s`` on nodes is exactly what the mean ports save. The best bound is returned.
+    Neither `seed` nor `incumbent` is used; the clock alone decides how far the stages get.
 
     Raises:
         InputError: the problem has no transitions or no rates.
     """
-    until_s = time.perf_counter() + time_limit_s
+    started_s = time.perf_counter()
     OBJECTIVES["bottleneck"].check(problem)
     hot = _hot_ports(problem)
     best = _certificate(problem, hot, {})
-    if progress is not None:
-        progress.proved(best.bound)
-    if problem.num_layers == 1:
-        return best
-    arrays = _pair_duals(problem, until_s)
-    best = max(best, _certificate(problem, hot, arrays), key=lambda one: one.bound)
-    if progress is not None:
-        progress.proved(best.bound)
-    if problem.num_nodes > 1 and problem.num_slots == problem.num_experts:
-        chain = _with_chain(problem, hot, arrays, until_s)
-        best = max(best, chain, key=lambda one: one.bound)
+    for proof in _stages(problem, hot, started_s, time_limit_s):
+        best = max(best, proof, key=lambda one: one.bound)
         if progress is not None:
             progress.proved(best.bound)
     return best
+
+
+def _stages(problem: PlacementProblem, hot: np.ndarray, started_s: float,
+            time_limit_s: float) -> Iterator[Certificate]:
+    """Yield one certificate per stage, each with the multipliers of those before."""
+    if problem.num_layers == 1:
+        return
+    with one_blas_thread():
+        arrays = _pair_duals(problem, started_s + time_limit_s / 4)
+    yield _certificate(problem, hot, arrays)
+    near, far = _rates(problem)
+    chosen = _mean_ports(problem, arrays)[0] * _HOPE >= hot
+    if problem.num_slots > problem.num_experts or far < near or not far * chosen.any():
+        return
+    arrays["chosen"] = chosen
+    if problem.num_nodes > 1 and problem.num_experts <= _NODE_CHAIN_EXPERTS:
+        arrays["chosen"] = np.ones_like(chosen)
+        for _ in range(2):  # once over all pairs, once without those whose hot port is above what the chain gives them
+            arrays["diagonal"] = _node_chain(problem, arrays["chosen"], started_s + time_limit_s / 2)
+            yield _certificate(problem, hot, arrays)
+            arrays["chosen"] = arrays["chosen"] & (_chain_shares(problem, arrays) >= hot)
+        arrays["diagonal"] = _node_chain(problem, arrays["chosen"], started_s + time_limit_s / 2)
+        yield _certificate(problem, hot, arrays)
+        if not arrays["chosen"].any():
+            return
+    left_s = started_s + _CHAIN_UNTIL * time_limit_s - time.perf_counter()
+    if left_s > 0:
+        yield _certificate(problem, hot, arrays, _kept_chain(problem, arrays["chosen"], left_s))
+
+
+def _node_chain(problem: PlacementProblem, chosen: np.ndarray, until_s: float) -> np.ndarray:
+    from moesim.placement.bounds.node_chain import chain_multipliers
+
+    assert problem.transitions is not None
+    with one_blas_thread():
+        return chain_multipliers(np.asarray(problem.transitions, np.float64) * chosen[:, None, None],
+                                 problem.num_nodes, until_s)
+
+
+def _chain_shares(problem: PlacementProblem, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Return float64[pair], the mean port of each pair if the chain's diagonal is dealt out to its chosen pairs."""
+    assert problem.transitions is not None
+    near, far = _rates(problem)
+    chosen = arrays["chosen"].astype(int)
+    pairs = 1 / np.maximum(1, np.concatenate([[0], chosen]) + np.concatenate([chosen, [0]]))
+    own = arrays["diagonal"].sum(axis=1) * pairs * (1 - 1 / problem.num_nodes)
+    kept = problem.transitions.sum(axis=(1, 2)) / problem.num_nodes + own[1:] + own[:-1]
+    return _mean_ports(problem, arrays)[1] - (far - near) * kept / problem.num_ranks
+
+
+def _kept_chain(problem: PlacementProblem, chosen: np.ndarray, time_limit_s: float) -> Certificate:
+    """Return the chain SDP's bound on what the chosen pairs keep, nodes weighted as the mean ports see them."""
+    from moesim.placement.bounds.chain_sdp import prove_affinity
+
+    assert problem.transitions is not None
+    near, far = _rates(problem)
+    masked = dataclasses.replace(problem, transitions=problem.transitions * chosen[:, None, None], current=None)
+    return prove_affinity(masked, seed=0, time_limit_s=time_limit_s, node_weight=(far - near) / far)
 
 
 def _rates(problem: PlacementProblem) -> tuple[float, float]:
@@ -150,39 +207,6 @@ def _middle(values: np.ndarray, capacity: int) -> np.ndarray:
     return np.maximum(0.0, -(parts[:, :, capacity - 1] + parts[:, :, capacity]) / 2)
 
 
-def _with_chain(problem: PlacementProblem, hot: np.ndarray, arrays: dict[str, np.ndarray],
-                until_s: float) -> Certificate:
-    """Return the bound that takes the kept tokens of nodes from the whole chain, where means exceed hot ports."""
-    from moesim.placement.bounds.node_chain import chain_multipliers
-
-    assert problem.transitions is not None
-    near, far = _rates(problem)
-    counts = np.asarray(problem.transitions, np.float64)
-    chosen = np.ones(len(hot), bool)
-    best = _certificate(problem, hot, arrays)
-    while chosen.any() and far > near:
-        diagonal = chain_multipliers(counts * chosen[:, None, None], problem.num_nodes, until_s)
-        new = _certificate(problem, hot, {**arrays, "chosen": chosen, "diagonal": diagonal})
-        best = max(best, new, key=lambda one: one.bound)
-        # a pair whose share of the chain bound is below its hot port serves the sum better with the latter
-        share = _chain_shares(problem, counts, diagonal, chosen, arrays)
-        if not np.any(chosen & (share < hot)) or time.perf_counter() > until_s:
-            break
-        chosen = chosen & (share >= hot)
-    return best
-
-
-def _chain_shares(problem: PlacementProblem, counts: np.ndarray, diagonal: np.ndarray, chosen: np.ndarray,
-                  arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Return float64[pair], the mean port of each pair if the chain's diagonal is dealt out to its pairs."""
-    near, far = _rates(problem)
-    pairs = 1 / np.maximum(1, np.concatenate([[0], chosen]) + np.concatenate([chosen, [0]]))
-    own = diagonal.sum(axis=1) * pairs * (1 - 1 / problem.num_nodes)
-    kept = counts.sum(axis=(1, 2)) / problem.num_nodes + own[1:] + own[:-1]
-    rank = matching_value(counts, problem.slots_per_rank, arrays["rank_row"], arrays["rank_column"])
-    return (far * counts.sum(axis=(1, 2)) - (far - near) * kept - near * rank) / problem.num_ranks
-
-
 def _mean_ports(problem: PlacementProblem, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return float64[pair] mean port seconds by b-matching duals, and with no token kept on a node alone."""
     assert problem.transitions is not None
@@ -200,24 +224,39 @@ def _mean_ports(problem: PlacementProblem, arrays: dict[str, np.ndarray]) -> tup
     return open_ended - (far - near) * node / problem.num_ranks, open_ended
 
 
-def _certificate(problem: PlacementProblem, hot: np.ndarray, arrays: dict[str, np.ndarray]) -> Certificate:
-    """Return the bound that these multipliers prove, with them."""
+def _certificate(problem: PlacementProblem, hot: np.ndarray, arrays: dict[str, np.ndarray],
+                 kept: Certificate | None = None) -> Certificate:
+    """Return the bound that these multipliers prove, with them (those of `kept` under ``kept.<name>``)."""
     assert problem.rates is not None
-    bound = problem.rates.row_s * float(balance_bound(problem).sum())
-    parameters: dict[str, Any] = {"stage": "hot experts"}
+    bound, stage = problem.rates.row_s * float(balance_bound(problem).sum()), "hot experts"
+    parameters: dict[str, Any] = {}
     if not arrays:
-        return Certificate("bottleneck", METHOD, max(0.0, (bound + float(hot.sum())) * (1 - _SAFE)), parameters)
+        return Certificate("bottleneck", METHOD, max(0.0, (bound + float(hot.sum())) * (1 - _SAFE)), {"stage": stage})
     mean, open_ended = _mean_ports(problem, arrays)
-    ports, parameters["stage"] = np.maximum(hot, mean), "b-matching"
-    if "diagonal" in arrays:
-        near, far = _rates(problem)
-        chosen, parameters["stage"] = arrays["chosen"], "chain of nodes"
-        assert problem.transitions is not None
-        passed = float(problem.transitions[chosen].sum())
-        kept = passed / problem.num_nodes + float(arrays["diagonal"].sum()) * (1 - 1 / problem.num_nodes)
-        chain = float(open_ended[chosen].sum()) - (far - near) * kept / problem.num_ranks
-        bound += float(ports[~chosen].sum()) + max(chain, float(ports[chosen].sum()))
+    ports, stage = np.maximum(hot, mean), "b-matching"
+    if "chosen" in arrays:
+        chosen = arrays["chosen"]
+        together = float(ports[chosen].sum())
+        if "diagonal" in arrays:
+            together, stage = max(together, _node_chain_ports(problem, arrays, open_ended)), "chain of nodes"
+        if kept is not None:
+            _, far = _rates(problem)
+            assert problem.transitions is not None
+            passed = float(problem.transitions[chosen].sum())
+            together = max(together, far * passed * (1 - kept.bound) / problem.num_ranks)
+            arrays = {**arrays, **{f"kept.{name}": values for name, values in kept.arrays.items()}}
+            parameters, stage = {"kept_method": kept.method, "kept": kept.parameters}, "chain SDP"
+        bound += float(ports[~chosen].sum()) + together
     else:
         bound += float(ports.sum())
-    return Certificate("bottleneck", METHOD, max(0.0, bound * (1 - _SAFE)), parameters, dict(arrays))
+    return Certificate("bottleneck", METHOD, max(0.0, bound * (1 - _SAFE)), {"stage": stage, **parameters},
+                       dict(arrays))
 
+
+def _node_chain_ports(problem: PlacementProblem, arrays: dict[str, np.ndarray], open_ended: np.ndarray) -> float:
+    """Return the mean port seconds of the chosen pairs by the multipliers of the chain of nodes."""
+    assert problem.transitions is not None
+    near, far = _rates(problem)
+    passed = float(problem.transitions[arrays["chosen"]].sum())
+    kept = passed / problem.num_nodes + float(arrays["diagonal"].sum()) * (1 - 1 / problem.num_nodes)
+    return float(open_ended[arrays["chosen"]].sum()) - (far - near) * kept / problem.num_ranks

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
 from moesim.errors import CheckError
 from moesim.placement.certificate import Certificate
 from moesim.placement.problem import PlacementProblem
+from moesim.placement.verify.affinity import CHECKS as AFFINITY_CHECKS
 
 _SAFE = 2.0**-38  # relative: sums of up to 2**12 products in float64, with room to spare
 _PIVOT = 2.0**-34  # of the largest multiplier: what every pivot must exceed
@@ -23,7 +26,9 @@ def check_ports(problem: PlacementProblem, certificate: Certificate) -> float:
     - ``chosen`` bool[pair], ``diagonal`` float64[layer, expert]: over the chosen pairs, with T zero elsewhere, at most
       ``sum T / N + (1 - 1 / N) sum d`` stays on a node if ``P (Diag(d) - M) P >= 0``, M holding half of T beside the
       diagonal blocks and P the projection on blocks that sum to zero. Where d is too small, it is raised by a common
-      shift until it is not.
+      shift until it is not;
+    - ``kept.*``, with the parameters ``kept_method`` and ``kept``: a certificate of the affinity objective
+      (`verify.affinity`) for the same pairs and the node weight ``(far - near) / far``.
 
     Raises:
         CheckError: no rates or transitions, arrays missing, of a wrong shape, or not finite.
@@ -47,13 +52,32 @@ def check_ports(problem: PlacementProblem, certificate: Certificate) -> float:
     # where the near link is the dearer one, a token that stays on its node but not on its rank saves nothing
     saved = far * rank if far < near else (far - near) * node + near * rank
     ports = np.maximum(hot, (far * total - saved) / problem.num_ranks)
-    if "diagonal" not in certificate.arrays and "chosen" not in certificate.arrays:
+    if "chosen" not in certificate.arrays and "diagonal" not in certificate.arrays:
         return float(bound + ports.sum()) * (1 - _SAFE)
     chosen = _array(certificate, "chosen", (len(counts),)) != 0
-    kept = _chain(problem, certificate, counts * chosen[:, None, None])
-    chain = float((far * total - near * rank)[chosen].sum()) - max(0.0, far - near) * kept
-    together = max(chain / problem.num_ranks, float(ports[chosen].sum())) if far >= near else float(ports[chosen].sum())
+    masked = counts * chosen[:, None, None]
+    together = float(ports[chosen].sum())
+    if "diagonal" in certificate.arrays and far >= near:
+        kept = (far - near) * _chain(problem, certificate, masked)
+        together = max(together, (float((far * total - near * rank)[chosen].sum()) - kept) / problem.num_ranks)
+    if "kept_method" in certificate.parameters and 0 < far >= near and chosen.any():
+        kept = _weighted_kept(problem, certificate, masked, (far - near) / far)
+        together = max(together, far * float(total[chosen].sum()) * (1 - kept) / problem.num_ranks)
     return float(bound + ports[~chosen].sum() + together) * (1 - _SAFE)
+
+
+def _weighted_kept(problem: PlacementProblem, certificate: Certificate, counts: np.ndarray, weight: float) -> float:
+    """Return the most that any plan keeps, ``weight`` on nodes and the rest on ranks, by the embedded certificate."""
+    parameters = certificate.parameters.get("kept")
+    if not isinstance(parameters, dict) or abs(float(parameters.get("node_weight", -1.0)) - weight) > _SAFE:
+        raise CheckError(f"certificate: parameter 'kept' must hold the node weight {weight:.6g}")
+    arrays = {name.removeprefix("kept."): values for name, values in certificate.arrays.items()
+              if name.startswith("kept.")}
+    method = str(certificate.parameters["kept_method"])
+    inner = Certificate("affinity", method, 0.0, {**parameters, "node_weight": weight}, arrays)
+    if method not in AFFINITY_CHECKS:
+        raise CheckError(f"certificate: no proof method {method!r} of kept transitions")
+    return min(1.0, AFFINITY_CHECKS[method](dataclasses.replace(problem, transitions=counts, current=None), inner))
 
 
 def _array(certificate: Certificate, name: str, shape: tuple[int, ...]) -> np.ndarray:
