@@ -36,7 +36,7 @@ class ChainSDP:
         self.num_places = self.num_experts // capacity
         self.scale = float(counts.mean())
         self.counts = (counts / self.scale).astype(np.float32)
-        self.penalty = np.float32(max(_PENALTY * _spread(counts) / self.scale, 2.0**-20))
+        self.penalty = max(_PENALTY * _spread(counts) / self.scale, 2.0**-20)
         shape, even = (self.num_experts, self.num_experts), capacity / self.num_experts
         self.cross = np.full((self.num_pairs, *shape), even, np.float32)
         self.same = np.full((self.num_pairs + 1, *shape), even, np.float32)
@@ -84,7 +84,7 @@ class ChainSDP:
         basis = vectors[:, used] * np.sqrt(clipped[used])
         nearest = basis @ basis.T
         nearest += np.float32(self.capacity / size)
-        kernels.relax(self.dual[pair], nearest, first, cross, second, np.float32(_RELAX))
+        kernels.relax(self.dual[pair], nearest, first, cross, second, _RELAX)
 
     def _entries(self, layer: int) -> None:
         from moesim.placement.kernels import affinity_sdp as kernels

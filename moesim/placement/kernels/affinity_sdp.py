@@ -61,24 +61,26 @@ def entries(before: np.ndarray, after: np.ndarray, cut_before: np.ndarray, cut_a
         same, cross: float32[E, E], filled with the layer's co-location and that with the next layer.
     """
     size = len(same)
-    share = 1.0 / (has_before + has_after)
+    inverse = np.float32(1.0 / penalty)
+    share = np.float32(1.0 / (has_before + has_after))
+    zero, one, half = np.float32(0.0), np.float32(1.0), np.float32(0.5)
     for i in range(size):
         for j in range(size):
             total = np.float32(0.0)
             if has_before:
-                total += before[size + i, size + j] - cut_before[size + i, size + j] / penalty
+                total += before[size + i, size + j] - cut_before[size + i, size + j] * inverse
             if has_after:
-                total += after[i, j] - cut_after[i, j] / penalty
-            value = min(max(total * share, 0.0), 1.0)
+                total += after[i, j] - cut_after[i, j] * inverse
+            value = min(max(total * share, zero), one)
             if i == j:
-                value = 1.0
+                value = one
             same[i, j] = value
             if has_before:
                 before[size + i, size + j] -= same[i, j]
             if has_after:
                 after[i, j] -= same[i, j]
-                mean = after[i, size + j] + (0.5 * counts[i, j] - cut_after[i, size + j]) / penalty
-                cross[i, j] = min(max(mean, 0.0), 1.0)
+                mean = after[i, size + j] + (half * counts[i, j] - cut_after[i, size + j]) * inverse
+                cross[i, j] = min(max(mean, zero), one)
                 after[i, size + j] -= cross[i, j]
 
 
@@ -172,9 +174,9 @@ def relax(dual: np.ndarray, nearest: np.ndarray, first: np.ndarray, cross: np.nd
           weight: float) -> None:
     """Add ``weight nearest + (1 - weight) entries`` to the upper blocks of a dual."""
     size = len(first)
-    rest = np.float32(1.0) - weight
+    part, rest = np.float32(weight), np.float32(1.0 - weight)
     for i in range(size):
         for j in range(size):
-            dual[i, j] += weight * nearest[i, j] + rest * first[i, j]
-            dual[i, size + j] += weight * nearest[i, size + j] + rest * cross[i, j]
-            dual[size + i, size + j] += weight * nearest[size + i, size + j] + rest * second[i, j]
+            dual[i, j] += part * nearest[i, j] + rest * first[i, j]
+            dual[i, size + j] += part * nearest[i, size + j] + rest * cross[i, j]
+            dual[size + i, size + j] += part * nearest[size + i, size + j] + rest * second[i, j]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -87,8 +88,6 @@ class _Run:
         self.homes_kept = -1.0
         self.plan: PlacementPlan | None = None
         self.kept = -1.0
-        weights = {"node": node_weight, "rank": 1.0 - node_weight}
-        self.bound = sum(weight * affinity_bound(problem, scope) for scope, weight in weights.items() if weight)
 
     def offer_plan(self, plan: PlacementPlan) -> None:
         """Score a plan with the exact objective; keep it if it is the best."""
@@ -108,6 +107,15 @@ class _Run:
                 for load, home in zip(self.problem.expert_load, homes, strict=True)]
         self.offer_plan(PlacementPlan(np.stack(rows), self.problem.num_ranks, self.problem.num_experts))
         return True
+
+    @cached_property
+    def bound(self) -> float:
+        """The b-matching bound, computed once there is a plan."""
+        weights = {"node": self.node_weight, "rank": 1.0 - self.node_weight}
+        bound = sum(weight * affinity_bound(self.problem, scope) for scope, weight in weights.items() if weight)
+        if self.progress is not None:
+            self.progress.proved(bound)
+        return bound
 
     def met(self) -> bool:
         """Whether the best plan reaches the bound."""

@@ -165,11 +165,12 @@ def _spectral(joint: np.ndarray, capacity: int) -> float:
     """
     size = len(joint) // 2
     places = size // capacity
-    smooth = np.eye(size) - np.full((size, size), 1.0 / size)
-    centred = np.empty_like(joint)
+    centred = joint.copy()
     for a in (0, size):
         for b in (0, size):
-            centred[a:a + size, b:b + size] = smooth @ joint[a:a + size, b:b + size] @ smooth
+            block = centred[a:a + size, b:b + size]
+            block -= block.mean(axis=1)[:, None]
+            block -= block.mean(axis=0)[None, :]
     norm = float(np.linalg.norm(joint))  # Frobenius: covers the rounding of the centring too
     sink = np.kron(np.eye(2), np.full((size, size), 2.0 * norm / size))
     values = np.linalg.eigvalsh(0.5 * (centred + centred.T) - sink)
