@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,8 +28,12 @@ from moesim.placement.lplb import lplb_plan, topology
 from moesim.placement.plan import PlacementPlan
 from moesim.placement.split import split_layer
 from moesim.scenario.balancer import BalancerChoice
+from moesim.scenario.load import load_scenario
+from moesim.scenario.reporter import QuietReporter
+from moesim.scenario.run import run_scenario
 from moesim.scenario.schema import ExpertParallelSystem
 from moesim.simulate.simpy_executor import run_simpy
+from moesim.simulate.study import read_study
 from moesim.traces.steps import Step, closed_loop_steps
 from moesim.traces.trace import DECODE, PAD, RoutingTrace
 
@@ -305,3 +310,23 @@ def test_a_scenario_with_a_wrong_balancer_is_refused(value: dict[str, object], t
     with pytest.raises(ValueError, match=text):
         ExpertParallelSystem.model_validate(value)
     assert BalancerChoice().name == "none"
+
+
+@pytest.mark.parametrize(("balancer", "plans"), [
+    ("llep", "        - {solver: contiguous}\n"),
+    ("lp", "        - {solver: contiguous}\n        - {solver: eplb, redundant_experts: 4}\n"),
+])
+def test_a_study_runs_under_a_balancer_and_says_so(tiny_folder: Path, balancer: str, plans: str) -> None:
+    """From the scenario file to the report: the note, scratch memory for LLEP, and no bound that it could beat."""
+    text = (tiny_folder / "tiny.yaml").read_text()
+    start, end = text.index("      plans:\n"), text.index("  - kind: offload")
+    text = text[:start] + "      plans:\n" + plans + f"    system: {{balancer: {balancer}}}\n" + text[end:]
+    (tiny_folder / "balanced.yaml").write_text(text)
+    outcome = run_scenario(load_scenario(tiny_folder / "balanced.yaml"), tiny_folder / "out", QuietReporter(), "four-gpus")
+    study = next(read_study(path) for path in sorted((tiny_folder / "out").rglob("*.study.json")))
+    assert outcome is not None
+    assert any(f"Balancer {balancer}" in note for note in study.notes)
+    row = study.table.iloc[0]
+    assert ("scratch_bytes" in row) == (balancer == "llep")
+    bound = row["step_time_bound_s"]
+    assert (bound is None or bound != bound) if balancer == "llep" else 0 < bound <= row["step_time_s"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.placement.bounds.balance import balance_bound, step_balance_bound
+from moesim.placement.bounds.balance import balance_bound, counting_certificate, step_balance_bound
 from moesim.placement.metrics import rank_load
 from moesim.placement.plan import PlacementPlan
 from moesim.placement.problem import PlacementProblem
@@ -45,7 +45,7 @@ def balance_result(
         solver=solver, status=SolveStatus.OPTIMAL if optimal else SolveStatus.FEASIBLE, plan=plan,
         objective_name=BALANCE_OBJECTIVE, objective=float(largest.sum()), objective_bound=float(bound.sum()),
         time_s=time.perf_counter() - started_s, seed=seed,
-        bound_method="counting" if counted else "")
+        bound_method="counting" if counted else "", certificate=counting_certificate(bound) if counted else None)
 
 
 def step_loads(problem: PlacementProblem) -> np.ndarray:

@@ -65,11 +65,16 @@ def prove_balance(problem: PlacementProblem, *, seed: int, time_limit_s: float,
     would take, by the mean, or by the pigeonhole argument (see `balance_bound`). They are lowered by 2^-40 of
     themselves so that float64 rounding cannot make one invalid. `seed`, `time_limit_s` and `incumbent` change nothing.
     """
-    layer_bound = balance_bound(problem) * _SAFE
-    bound = float(layer_bound.sum()) * _SAFE
+    certificate = counting_certificate(balance_bound(problem))
     if progress is not None:
-        progress.proved(bound)
-    return Certificate("balance", COUNTING, bound, {}, {"layer_bound": layer_bound})
+        progress.proved(certificate.bound)
+    return certificate
+
+
+def counting_certificate(layer_bound: np.ndarray) -> Certificate:
+    """Return the certificate of float64[layer] bounds of `balance_bound`, see `prove_balance`."""
+    safe = layer_bound * _SAFE
+    return Certificate("balance", COUNTING, float(safe.sum()) * _SAFE, {}, {"layer_bound": safe})
 
 
 def step_balance_bound(problem: PlacementProblem, loads: np.ndarray) -> np.ndarray:

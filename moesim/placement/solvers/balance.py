@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,16 +24,19 @@ from moesim.placement.split import static_split
 
 OVER = ("mean", "steps")
 SPLITS = ("even", "optimal")
-# copies go to the largest load^power / copies; 1 first, since it usually suffices
-_POWERS = (1.0, *(0.6 + 0.05 * k for k in range(21) if k != 8))
+_POWERS = tuple(0.8 + 0.05 * k for k in range(11))  # copies go to the largest load^power / copies
 _CLOSE = 0.5  # the search aims at this part of `gap` above the bound
-_ROUNDS = 1000  # tabu rounds between two looks at the clock, about 5 ms
-_TENURE = 10
-_RECOUNTS, _HOT = 4.0, 0.05  # per slot; of the bound. Few slots need more of both
+_SHARE = 0.85  # of the time limit: the rest is for the end of a stage, and for scoring
+_AIM = 0.9  # what annealing, tabu search and chains aim at: the rest is for rounding
+_NEAR = 1.01  # times the bound: further off, what is wrong are the copies, not their packing
+_ROUNDS = 2000  # tabu rounds of one attempt, about 10 ms
+_TENURE, _ANNEAL = 10, 150  # annealing moves per tabu round
+_RECOUNTS, _HOT = 4.0, 0.08  # per slot; of the bound. Few slots need more of both
+_CHAINS = 3_000_000  # looks at chains times slots squared, about 8 ms
 _TRIES, _STEP_WORK = 2000, 100_000_000  # moves of one descent over steps, at most 0.3 s
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Search:
     """What the layers of one search share."""
 
@@ -52,16 +55,19 @@ class _Search:
 
 
 def balance(problem: PlacementProblem, *, seed: int, time_limit_s: float, over: str = "mean", split: str = "even",
-            gap: float = 0.0009, rounds: int = 12_000, threads: int = 2, starts: Sequence[PlacementPlan] = (),
+            gap: float = 0.0009, rounds: int = 6_000, threads: int = 2, starts: Sequence[PlacementPlan] = (),
             progress: Progress | None = None) -> SolveResult:
     """Minimise ``sum_l max_r sum_(slots s of r) load[l, e(s)] / copies[l, e(s)]`` by search; never above EPLB.
 
     Per layer, ending as soon as the largest rank load is within `gap` of its proven bound:
 
-    1. greedy starts: copies to the largest ``load^power / copies`` for 21 powers (1 is EPLB's rule), heaviest first
-       to the lightest rank; then swaps with the busiest rank while they help;
-    2. tabu search over swaps and changes of copies from the best starts, on the squared excess above the bound;
-    3. annealing and tabu search again from the best layer.
+    1. EPLB's copies, heaviest first to the lightest rank, copies apart; swaps with the busiest rank while they help;
+    2. tabu search over swaps and changes of copies, on the squared excess above the bound, then rotations of three
+       slots while they help;
+    3. annealing over the same moves, then tabu search and rotations; again with other numbers, and once from the best
+       of 11 greedy starts that give copies to the largest ``load^power / copies``.
+
+    All layers pass one stage before any enters the next, the worst first.
 
     No rank gets two copies of one expert where that can be avoided: the second would be a wasted slot. The result
     takes each layer from the best of the search, EPLB's plan and `starts`, scored by the same function, so it is never
@@ -75,7 +81,7 @@ def balance(problem: PlacementProblem, *, seed: int, time_limit_s: float, over: 
             load of each step, which is what a run of the steps waits for.
         split: ``even``, or ``optimal``: shares of replicas that minimise the largest rank load of each layer.
         gap: relative distance to the bound at which a layer is good enough; 0 searches on.
-        rounds: tabu rounds per layer at most.
+        rounds: tabu rounds per layer at most, 2000 for every attempt (about 30 ms with 384 slots; fewer: step 1 alone).
         threads: layers searched at a time.
         starts: plans to start from.
         progress: told of every layer.
@@ -85,7 +91,7 @@ def balance(problem: PlacementProblem, *, seed: int, time_limit_s: float, over: 
     """
     started_s = time.perf_counter()
     _check_options(problem, over, split, gap, rounds, threads)
-    search = _Search(problem.num_ranks, problem.num_slots, gap, rounds, seed, started_s + time_limit_s,
+    search = _Search(problem.num_ranks, problem.num_slots, gap, rounds, seed, started_s + _SHARE * time_limit_s,
                      threading.Event())
     base = eplb(problem, seed=seed, time_limit_s=time_limit_s).plan
     assert base is not None
@@ -116,81 +122,93 @@ def _check_options(problem: PlacementProblem, over: str, split: str, gap: float,
 
 def _searched(problem: PlacementProblem, search: _Search, base: PlacementPlan, threads: int,
               progress: Progress | None) -> np.ndarray:
-    """Return int32[layer, slot], every layer searched; a layer that the clock cut off keeps its slots in `base`."""
-    slots, bounds = np.array(base.physical_to_logical), balance_bound(problem)
-    largest = rank_load(base, problem.expert_load).max(axis=1)
+    """Return int32[layer, slot]: all layers searched in turn, one stage each, the worst first, until all are good."""
     _warm()
-    with ThreadPoolExecutor(threads) as pool:
-        done = pool.map(lambda layer: _layer(problem.expert_load[layer].copy(), float(bounds[layer]), slots[layer].copy(), search,
-                                             layer), range(problem.num_layers))
-        try:
-            for layer, (row, value) in enumerate(done):
-                if value <= largest[layer]:
-                    slots[layer], largest[layer] = row, value
-                if progress is not None:
-                    progress.found(slots, float(largest.sum()))
-        except BaseException:
-            search.stop.set()  # so that an interrupt is not held up
-            raise
-    return slots
+    layers = [_Layer(load.copy(), float(bound), slots.copy(), search, index) for index, (load, bound, slots) in enumerate(
+        zip(problem.expert_load, balance_bound(problem), base.physical_to_logical, strict=True))]
+    pool = ThreadPoolExecutor(threads)
+    try:
+        left = layers
+        while left and not search.over:
+            list(pool.map(_Layer.advance, left))
+            left = sorted((one for one in left if not one.done), key=lambda one: one.value / one.bound, reverse=True)
+            if progress is not None:
+                progress.found(np.stack([one.slots for one in layers]), sum(one.value for one in layers))
+    finally:
+        search.stop.set()  # so that an interrupt is not held up
+        pool.shutdown(cancel_futures=True)
+    return np.stack([one.slots for one in layers])
 
 
 def _warm() -> None:
     """Load every kernel before the threads start, with the types of all later calls: one compiled form each."""
-    search = _Search(2, 4, 0.0, 8, 0, np.inf, threading.Event())
-    for _ in _candidates(np.array([3.0, 2.0, 1.0]), 1.0, search, 0):
+    search = _Search(2, 4, 0.0, 2 * _ROUNDS, 0, np.inf, threading.Event())
+    for _ in _stages(np.array([3.0, 2.0, 1.0]), 1.0, search, 0):
         pass
 
 
-def _layer(load: np.ndarray, bound: float, base: np.ndarray, search: _Search, layer: int) -> tuple[np.ndarray, float]:
-    """Return the best slots found for one layer and their largest rank load."""
+class _Layer:
+    """One layer's search: its best `slots` so far, their largest rank load `value`, and whether it is `done`."""
+
+    def __init__(self, load: np.ndarray, bound: float, slots: np.ndarray, search: _Search, index: int) -> None:
+        from moesim.placement.kernels import balance as kernels
+
+        self.bound, self.slots, self._search = bound, slots, search
+        self.value = float(kernels.exact_maximum(load, slots, search.num_ranks))
+        self.done = search.num_slots == search.num_ranks or bound <= 0
+        self._stages = _stages(load, bound, search, search.seed * 1009 + index)
+
+    def advance(self) -> None:
+        """Run the next stage, unless the search is over."""
+        found = None if self._search.over else next(self._stages, None)
+        self.done = found is None
+        if found is not None and found[0] <= self.value:  # of equals the search's: EPLB may waste copies
+            self.value, self.slots = float(found[0]), found[1]
+        self.done = self.done or self.value <= self.bound * (1 + self._search.gap)
+
+
+def _stages(load: np.ndarray, bound: float, search: _Search, seed: int) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield the largest rank load and int32[slot] of one stage after another."""
+    from moesim.placement.kernels import balance_search as searching
+
+    first = _greedy(load, 1.0, bound, search)
+    yield first
+    if search.rounds >= _ROUNDS and first[0] <= bound * _NEAR:
+        yield _polished(load, first[1].copy(), bound, search, seed, _ROUNDS // 2)
+    hot = max(_HOT, 2.0 / search.num_slots) * bound
+    for attempt in range(search.rounds // _ROUNDS):
+        if attempt == 1:
+            best = min((_greedy(load, power, bound, search) for power in _POWERS), key=lambda one: one[0])
+            yield _polished(load, best[1], bound, search, seed, _ROUNDS)
+        row = first[1].copy()
+        searching.anneal(load, row, search.num_ranks, bound * (1 + _AIM * search.gap), hot**2, (hot / 50) ** 2,
+                         _ANNEAL * _ROUNDS, 0.6, seed + attempt)
+        yield _polished(load, row, bound, search, seed + attempt, _ROUNDS)
+
+
+def _greedy(load: np.ndarray, power: float, bound: float, search: _Search) -> tuple[float, np.ndarray]:
     from moesim.placement.kernels import balance as kernels
 
-    if search.num_slots == search.num_ranks or search.over or bound <= 0:
-        return base, kernels.exact_maximum(load, base, search.num_ranks)
-    best, value = base, np.inf
-    for row, found in _candidates(load, bound, search, search.seed * 1009 + layer):
-        if found < value:
-            best, value = row, found
-        if value <= bound * (1 + search.gap) or search.over:
-            break
-    return best, value
+    row = kernels.greedy(load, search.num_slots, search.num_ranks, power)
+    kernels.part_duplicates(load, row, search.num_ranks)
+    value = kernels.swap_descent(load, row, search.num_ranks, bound * (1 + _CLOSE * search.gap))
+    return float(value), row
 
 
-def _candidates(load: np.ndarray, bound: float, search: _Search, seed: int) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield int32[slot] and its largest rank load, one attempt after another."""
+def _polished(load: np.ndarray, row: np.ndarray, bound: float, search: _Search, seed: int,
+              rounds: int) -> tuple[float, np.ndarray]:
+    """Return the better of a layer after tabu search and after chains, with its largest rank load."""
     from moesim.placement.kernels import balance as kernels
     from moesim.placement.kernels import balance_search as searching
 
-    target = bound * (1 + _CLOSE * search.gap)
-    found = []
-    for power in _POWERS:
-        row = kernels.greedy(load, search.num_slots, search.num_ranks, power)
-        kernels.part_duplicates(load, row, search.num_ranks)
-        value = kernels.swap_descent(load, row, search.num_ranks, target)
-        found.append((value, power, row))
-        yield row, value
-    found.sort(key=lambda one: one[:2])
-    quarter = search.rounds // 4
-    for _, _, row in found[:3]:
-        yield from _tabu(load, row.copy(), bound, search, quarter // 2, seed)
-    for attempt in range(3):
-        row, hot = found[attempt][2].copy(), max(_HOT, 2.0 / search.num_slots) * bound
-        searching.anneal(load, row, search.num_ranks, bound * (1 + 0.9 * search.gap), hot**2, (hot / 50) ** 2,
-                       30 * search.rounds, 0.6, seed + attempt)
-        yield from _tabu(load, row, bound, search, quarter, seed + attempt)
-
-
-def _tabu(load: np.ndarray, row: np.ndarray, bound: float, search: _Search, rounds: int, seed: int,
-          ) -> Iterator[tuple[np.ndarray, float]]:
-    from moesim.placement.kernels import balance as kernels
-    from moesim.placement.kernels import balance_search as searching
-
+    aim = bound * (1 + _AIM * search.gap)
     recounts = min(0.3, _RECOUNTS / search.num_slots) if search.num_slots > len(load) else 0.0
-    for start in range(0, rounds, _ROUNDS):
-        searching.tabu(load, row, search.num_ranks, bound * (1 + 0.9 * search.gap), min(_ROUNDS, rounds - start),
-                     _TENURE, recounts, seed + start)
-        yield row.copy(), kernels.exact_maximum(load, row, search.num_ranks)
+    searching.tabu(load, row, search.num_ranks, aim, rounds, _TENURE, recounts, seed)
+    before = (float(kernels.exact_maximum(load, row, search.num_ranks)), row.copy())
+    if before[0] > bound * _NEAR:
+        return before
+    searching.chain_descent(load, row, search.num_ranks, aim, max(1, _CHAINS // search.num_slots**2), seed)
+    return min(before, (float(kernels.exact_maximum(load, row, search.num_ranks)), row), key=lambda one: one[0])
 
 
 def _best_layers(plans: Sequence[PlacementPlan], largest: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -210,7 +228,8 @@ def _over_steps(problem: PlacementProblem, search: _Search, plans: Sequence[Plac
 
     loads = step_loads(problem)
     sizes = (problem.num_ranks, problem.num_experts)
-    plans = [PlacementPlan(_searched(problem, search, plans[0], 1, None), *sizes),
+    mean = dataclasses.replace(search, stop=threading.Event())
+    plans = [PlacementPlan(_searched(problem, mean, plans[0], 1, None), *sizes),
              PlacementPlan(sglang_slots(problem, loads), *sizes), *plans]
     value = np.stack([step_maxima(plan, loads) for plan in plans])
     slots = np.array(_best_layers(plans, value)[0], np.int32)
