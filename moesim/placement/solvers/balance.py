@@ -30,7 +30,7 @@ _SHARE = 0.85  # of the time limit: the rest is for the end of a stage, and for 
 _AIM = 0.9  # what annealing, tabu search and chains aim at: the rest is for rounding
 _NEAR = 1.01  # times the bound: further off, what is wrong are the copies, not their packing
 _ROUNDS = 2000  # tabu rounds of one attempt, about 10 ms
-_TENURE, _ANNEAL = 10, 150  # annealing moves per tabu round
+_TENURE, _ANNEAL = 10, 800  # annealing moves per slot
 _RECOUNTS, _HOT = 4.0, 0.08  # per slot; of the bound. Few slots need more of both
 _CHAINS = 3_000_000  # looks at chains times slots squared, about 8 ms
 _TRIES, _STEP_WORK = 2000, 100_000_000  # moves of one descent over steps, at most 0.3 s
@@ -182,7 +182,7 @@ def _stages(load: np.ndarray, bound: float, search: _Search, seed: int) -> Itera
             yield _polished(load, best[1], bound, search, seed, _ROUNDS)
         row = first[1].copy()
         searching.anneal(load, row, search.num_ranks, bound * (1 + _AIM * search.gap), hot**2, (hot / 50) ** 2,
-                         _ANNEAL * _ROUNDS, 0.6, seed + attempt)
+                         _ANNEAL * search.num_slots, 0.6, seed + attempt)
         yield _polished(load, row, bound, search, seed + attempt, _ROUNDS)
 
 
