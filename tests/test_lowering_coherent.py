@@ -185,7 +185,7 @@ def test_prefill_is_repeated_on_every_rank(top_k: int) -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[RoutingTrace, PlacementPlan, int]:
     """Random routing, plans with replicas, padded rows."""
-    top_k, seed, num_ranks = draw(st.integers(1, 3)), draw(st.integers(0, 99)), draw(st.sampled_from((1, 2, 4)))
+    top_k, seed, num_ranks = draw(st.integers(1, 3)), draw(st.integers(0, 99)), draw(st.sampled_from((1, 2, 4, 12)))
     trace = synthetic_trace(40, 3, 8, top_k, 8, zipf=1.0, seed=seed)
     rng = np.random.default_rng(seed)
     ids = trace.expert_ids.copy()

@@ -116,13 +116,17 @@ class ExpertParallelBound:
 
     def _traffic(self, expert_ids: np.ndarray) -> int:
         """Both all-to-alls of a layer at their best: forced copies only, spread evenly over all wires."""
-        experts = np.count_nonzero(expert_ids != PAD, axis=1)
-        forced = int(np.maximum(-(-experts // self.slots) - 1, 0).sum())
+        forced = self._forced(expert_ids)
         if not forced or self.num_ranks == 1:
             return 0
         rate = sum(fabric.bytes_per_s * self._wires(fabric) for fabric in self.cost.hardware.fabrics)
         values = forced * self.model.hidden_size / self.num_ranks / rate
         return ns_from_s(values * self.dispatch_bytes) + ns_from_s(values * self.model.activation_bytes)
+
+    def _forced(self, expert_ids: np.ndarray) -> int:
+        """Copies that must travel because a token's experts do not fit on one rank."""
+        experts = np.count_nonzero(expert_ids != PAD, axis=1)
+        return int(np.maximum(-(-experts // self.slots) - 1, 0).sum())
 
     def _wires(self, fabric: Fabric) -> int:
         """The most wires of a fabric on which one rank can send at once."""

@@ -23,9 +23,11 @@ class ContextCoherentBound(ExpertParallelBound):
 
     Decode: ranks meet at the dispatch of each MoE layer. Between two meetings some rank has at least the mean number
     of tokens, with at least the shortest contexts of so many: its shared experts, attention, dense layers and router
-    count. So do the experts of the busiest rank, as in home execution; with top-1 a rank has as many rows as tokens,
-    so the rank with most of them has both (the sum counts), else the larger of the two. Forced copies go out and their
-    partial sums come back, over perfectly even wires; the AllGather is one of even blocks.
+    count. So do the experts of the busiest rank, as in home execution. The two add up where ranks must meet between
+    them, at a combine that some token forces; and, for the time that rows alone take, where every token has k experts:
+    either there is a combine, or all of a token's rows are where it is, so the rank with most tokens has most rows too.
+    Else the larger of the two counts. Forced copies go out and their partial sums come back, over perfectly even wires;
+    the AllGather is one of even blocks.
 
     Prefill does not depend on the plan but for the experts, and for top-1 their rows in the AllGather.
     """
@@ -71,8 +73,10 @@ class ContextCoherentBound(ExpertParallelBound):
     def _beside(self, expert_ids: np.ndarray, after: int) -> int:
         """ns that the experts of a layer add to the span `after` their dispatch."""
         busiest = self._experts(expert_ids)
-        if expert_ids.shape[1] == 1 and np.all(expert_ids != PAD):
-            return max(self._rows_ns(self._even(len(expert_ids))), busiest - after)
+        if self._forced(expert_ids) and self.num_ranks > 1:
+            return busiest
+        if np.all(expert_ids != PAD):
+            return max(self._rows_ns(self._even(expert_ids.size)), busiest - after)
         return max(0, busiest - after)
 
     def _prefill(self, step: Step, layers: np.ndarray) -> tuple[int, int]:
