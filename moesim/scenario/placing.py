@@ -132,10 +132,8 @@ class PlaceSetup:
             trace, num_ranks=self.hardware.num_ranks, ranks_per_node=self.hardware.ranks_per_node,
             redundant_experts=self.request.redundant_experts, expert_bytes=self.model.expert_bytes,
             memory_bytes_per_rank=free - self.model.non_expert_bytes, num_groups=self.model.num_groups)
-        return dataclasses.replace(
-            problem, steps=step_sample(trace, steps, self.hardware.num_ranks), current=self.request.current,
-            step_cost=step_cost(self.model, self.cost), rates=exchange_rates(self.model, self.cost),
-            constraints=self.request.constraints)
+        problem = with_costs(problem, self.model, self.cost, trace, steps)
+        return dataclasses.replace(problem, current=self.request.current, constraints=self.request.constraints)
 
     def goal_text(self, objective: str | None) -> str | None:
         """Return the objective that is meant: ``auto`` goes by the execution."""
@@ -206,6 +204,14 @@ class PlaceSetup:
             found.append(f"the plan overfits: against a contiguous plan it gains {train:.1%} on the tokens that it was "
                          f"made from, {other:.1%} on the others")
         return found
+
+
+def with_costs(problem: PlacementProblem, model: ModelSpec, cost: CostModel, trace: RoutingTrace,
+               steps: list[Step], dispatch_bytes: float | None = None) -> PlacementProblem:
+    """Return the problem with token sets by step and the machine's costs, which some objectives need."""
+    return dataclasses.replace(
+        problem, steps=step_sample(trace, steps, problem.num_ranks), rates=exchange_rates(model, cost),
+        step_cost=step_cost(model, cost, dispatch_bytes=dispatch_bytes))
 
 
 def contiguous_plan(problem: PlacementProblem) -> PlacementPlan:
