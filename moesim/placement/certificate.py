@@ -43,8 +43,9 @@ class Certificate:
         header = {"schema": SCHEMA, "objective": self.objective, "method": self.method, "bound": self.bound,
                   "parameters": self.parameters}
         text = np.frombuffer(json.dumps(header, allow_nan=False).encode(), np.uint8)
+        arrays: dict[str, Any] = {_HEADER: text, **self.arrays}
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **{_HEADER: text}, **self.arrays)
+            np.savez_compressed(file, **arrays)
         return Path(path)
 
 

@@ -103,7 +103,9 @@ class Constraints:
         return bool(self.pins or self.apart or self.capacities)
 
     def __iter__(self) -> Iterator[Constraint]:
-        yield from (*self.pins, *self.apart, *self.capacities)
+        yield from self.pins
+        yield from self.apart
+        yield from self.capacities
 
     def of_layer(self, layer: int) -> list[Constraint]:
         """Return the constraints that touch a layer."""

@@ -89,8 +89,12 @@ def _specialists(problem: PlacementProblem, goal: Goal) -> list[tuple[str, dict[
             found.append(("exact", {"objective": one.name}))
             continue
         name = SPECIALISTS[one.name]
-        options = {"joint": {"objective": one.name}, "affinity": {"node_weight": 0.5 * (one.name == "hops")}}
-        found.append((name, options.get(name, {})))
+        if name == "joint":
+            found.append((name, {"objective": one.name}))
+        elif name == "affinity":
+            found.append((name, {"node_weight": 0.5 if one.name == "hops" else 0.0}))
+        else:
+            found.append((name, {}))
     return found
 
 
