@@ -77,7 +77,7 @@ def test_bound_and_search_meet_brute_force_from_both_sides(sizes: tuple[int, int
     load = np.random.default_rng(seed).integers(0, 60, num_experts).astype(float)
     problem = PlacementProblem(load[None], num_ranks, size, 1)
     optimum = best_by_trial(load, num_ranks, size, apart=False)
-    found = SOLVERS["balance"](problem, seed=seed, time_limit_s=10, gap=0.0, rounds=4000)
+    found = SOLVERS["balance"](problem, seed=seed, time_limit_s=10, gap=0.0, rounds=20_000)
     certificate = prove_balance(problem, seed=0, time_limit_s=1)
     assert certificate.bound <= optimum * (1 + 1e-12)
     assert check_counting(problem, certificate) <= optimum * (1 + 1e-12)
@@ -91,7 +91,7 @@ def test_the_search_finds_the_optimum_of_nearly_all_small_layers() -> None:
     for sizes, seed in product(SMALL[1:5], range(40, 65)):
         load = np.random.default_rng(seed).integers(1, 60, sizes[0]).astype(float)
         problem = PlacementProblem(load[None], sizes[1], sizes[2], 1)
-        found = SOLVERS["balance"](problem, seed=seed, time_limit_s=10, gap=0.0, rounds=4000).objective
+        found = SOLVERS["balance"](problem, seed=seed, time_limit_s=10, gap=0.0, rounds=20_000).objective
         missed += int(found > best_by_trial(load, sizes[1], sizes[2], apart=True) * (1 + 1e-9))
     assert missed <= 2
 

@@ -27,12 +27,10 @@ SPLITS = ("even", "optimal")
 _POWERS = tuple(0.8 + 0.05 * k for k in range(11))  # copies go to the largest load^power / copies
 _CLOSE = 0.5  # the search aims at this part of `gap` above the bound
 _SHARE = 0.85  # of the time limit: the rest is for the end of a stage, and for scoring
-_AIM = 0.9  # what annealing, tabu search and chains aim at: the rest is for rounding
-_NEAR = 1.01  # times the bound: further off, what is wrong are the copies, not their packing
-_ROUNDS = 2000  # tabu rounds of one attempt, about 10 ms
-_TENURE, _ANNEAL = 10, 800  # annealing moves per slot
-_RECOUNTS, _HOT = 4.0, 0.08  # per slot; of the bound. Few slots need more of both
-_CHAINS = 3_000_000  # looks at chains times slots squared, about 8 ms
+_AIM, _STEP = 0.9, 0.85  # of `gap`; of the distance to the bound: what a tabu search aims at
+_ROUNDS, _FAILURES = 1000, 4  # of one tabu search, about 4 ms; searches without gain before a restart
+_TENURE, _RECOUNTS = 10, 0.02
+_HOT, _ANNEAL = 0.08, 800  # of the bound; moves per slot
 _TRIES, _STEP_WORK = 2000, 100_000_000  # moves of one descent over steps, at most 0.3 s
 
 
@@ -55,17 +53,17 @@ class _Search:
 
 
 def balance(problem: PlacementProblem, *, seed: int, time_limit_s: float, over: str = "mean", split: str = "even",
-            gap: float = 0.0009, rounds: int = 6_000, threads: int = 2, starts: Sequence[PlacementPlan] = (),
+            gap: float = 0.0009, rounds: int = 24_000, threads: int = 2, starts: Sequence[PlacementPlan] = (),
             progress: Progress | None = None) -> SolveResult:
     """Minimise ``sum_l max_r sum_(slots s of r) load[l, e(s)] / copies[l, e(s)]`` by search; never above EPLB.
 
     Per layer, ending as soon as the largest rank load is within `gap` of its proven bound:
 
     1. EPLB's copies, heaviest first to the lightest rank, copies apart; swaps with the busiest rank while they help;
-    2. tabu search over swaps and changes of copies, on the squared excess above the bound, then rotations of three
-       slots while they help;
-    3. annealing over the same moves, then tabu search and rotations; again with other numbers, and once from the best
-       of 11 greedy starts that give copies to the largest ``load^power / copies``.
+    2. tabu searches over swaps and changes of copies, on the squared excess above an aim that falls from the value
+       reached towards the bound;
+    3. the same from other starts: the best of 11 greedy ones that give copies to the largest ``load^power / copies``,
+       then layers annealed over the same moves.
 
     All layers pass one stage before any enters the next, the worst first.
 
@@ -81,7 +79,7 @@ def balance(problem: PlacementProblem, *, seed: int, time_limit_s: float, over: 
             load of each step, which is what a run of the steps waits for.
         split: ``even``, or ``optimal``: shares of replicas that minimise the largest rank load of each layer.
         gap: relative distance to the bound at which a layer is good enough; 0 searches on.
-        rounds: tabu rounds per layer at most, 2000 for every attempt (about 30 ms with 384 slots; fewer: step 1 alone).
+        rounds: tabu rounds per layer at most, 1000 to a search (about 4 ms with 384 slots); fewer: step 1 alone.
         threads: layers searched at a time.
         starts: plans to start from.
         progress: told of every layer.
@@ -142,7 +140,7 @@ def _searched(problem: PlacementProblem, search: _Search, base: PlacementPlan, t
 
 def _warm() -> None:
     """Load every kernel before the threads start, with the types of all later calls: one compiled form each."""
-    search = _Search(2, 4, 0.0, 2 * _ROUNDS, 0, np.inf, threading.Event())
+    search = _Search(2, 4, 0.0, (2 * _FAILURES + 1) * _ROUNDS, 0, np.inf, threading.Event())
     for _ in _stages(np.array([3.0, 2.0, 1.0]), 1.0, search, 0):
         pass
 
@@ -169,21 +167,47 @@ class _Layer:
 
 def _stages(load: np.ndarray, bound: float, search: _Search, seed: int) -> Iterator[tuple[float, np.ndarray]]:
     """Yield the largest rank load and int32[slot] of one stage after another."""
-    from moesim.placement.kernels import balance_search as searching
-
     first = _greedy(load, 1.0, bound, search)
     yield first
-    if search.rounds >= _ROUNDS and first[0] <= bound * _NEAR:
-        yield _polished(load, first[1].copy(), bound, search, seed, _ROUNDS // 2)
-    hot = max(_HOT, 2.0 / search.num_slots) * bound
-    for attempt in range(search.rounds // _ROUNDS):
-        if attempt == 1:
-            best = min((_greedy(load, power, bound, search) for power in _POWERS), key=lambda one: one[0])
-            yield _polished(load, best[1], bound, search, seed, _ROUNDS)
-        row = first[1].copy()
-        searching.anneal(load, row, search.num_ranks, bound * (1 + _AIM * search.gap), hot**2, (hot / 50) ** 2,
-                         _ANNEAL * search.num_slots, 0.6, seed + attempt)
-        yield _polished(load, row, bound, search, seed + attempt, _ROUNDS)
+    recounts = max(_RECOUNTS, min(0.3, 4.0 / search.num_slots)) if search.num_slots > len(load) else 0.0
+    used, attempt = 0, 0
+    while used + _ROUNDS <= search.rounds:
+        value, row = first if attempt == 0 else _restart(load, bound, search, first[1], seed, attempt)
+        failures = 0
+        while failures < _FAILURES and used + _ROUNDS <= search.rounds:
+            found, trial = _nearer(load, row, value, bound, search, recounts, seed + used)
+            used += _ROUNDS
+            failures = 0 if found < value else failures + 1
+            if found < value:
+                value, row = found, trial
+            yield value, row
+        attempt += 1
+
+
+def _nearer(load: np.ndarray, row: np.ndarray, value: float, bound: float, search: _Search, recounts: float,
+            seed: int) -> tuple[float, np.ndarray]:
+    """Return the layer after tabu search that aims a little below its value: few ranks at a time have to give."""
+    from moesim.placement.kernels import balance as kernels
+    from moesim.placement.kernels import balance_search as searching
+
+    trial = row.copy()
+    aim = max(bound * (1 + _AIM * search.gap), bound + _STEP * (value - bound))
+    searching.tabu(load, trial, search.num_ranks, aim, _ROUNDS, _TENURE, recounts, seed)
+    return float(kernels.exact_maximum(load, trial, search.num_ranks)), trial
+
+
+def _restart(load: np.ndarray, bound: float, search: _Search, first: np.ndarray, seed: int,
+             attempt: int) -> tuple[float, np.ndarray]:
+    """Return another start: the best of greedy ones with other numbers of copies, later an annealed layer."""
+    from moesim.placement.kernels import balance as kernels
+    from moesim.placement.kernels import balance_search as searching
+
+    if attempt == 1:
+        return min((_greedy(load, power, bound, search) for power in _POWERS), key=lambda one: one[0])
+    row, hot = first.copy(), max(_HOT, 2.0 / search.num_slots) * bound
+    searching.anneal(load, row, search.num_ranks, bound * (1 + _AIM * search.gap), hot**2, (hot / 50) ** 2,
+                     _ANNEAL * search.num_slots, 0.6, seed + attempt)
+    return float(kernels.exact_maximum(load, row, search.num_ranks)), row
 
 
 def _greedy(load: np.ndarray, power: float, bound: float, search: _Search) -> tuple[float, np.ndarray]:
@@ -193,22 +217,6 @@ def _greedy(load: np.ndarray, power: float, bound: float, search: _Search) -> tu
     kernels.part_duplicates(load, row, search.num_ranks)
     value = kernels.swap_descent(load, row, search.num_ranks, bound * (1 + _CLOSE * search.gap))
     return float(value), row
-
-
-def _polished(load: np.ndarray, row: np.ndarray, bound: float, search: _Search, seed: int,
-              rounds: int) -> tuple[float, np.ndarray]:
-    """Return the better of a layer after tabu search and after chains, with its largest rank load."""
-    from moesim.placement.kernels import balance as kernels
-    from moesim.placement.kernels import balance_search as searching
-
-    aim = bound * (1 + _AIM * search.gap)
-    recounts = min(0.3, _RECOUNTS / search.num_slots) if search.num_slots > len(load) else 0.0
-    searching.tabu(load, row, search.num_ranks, aim, rounds, _TENURE, recounts, seed)
-    before = (float(kernels.exact_maximum(load, row, search.num_ranks)), row.copy())
-    if before[0] > bound * _NEAR:
-        return before
-    searching.chain_descent(load, row, search.num_ranks, aim, max(1, _CHAINS // search.num_slots**2), seed)
-    return min(before, (float(kernels.exact_maximum(load, row, search.num_ranks)), row), key=lambda one: one[0])
 
 
 def _best_layers(plans: Sequence[PlacementPlan], largest: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
