@@ -310,6 +310,21 @@ def test_tampered_certificates_are_refused(name: str, change: object, text: str)
         check(problem, Certificate("bottleneck", "ports", 0.0, {}, arrays))
 
 
+def test_embedded_proof_of_kept_transitions() -> None:
+    """The chain SDP's part is re-checked for the same pairs and node weight; another weight or method is refused."""
+    problem = make_problem(5, 16, 4, 2, 4)
+    proof = prove_bottleneck(problem, seed=0, time_limit_s=4.0)
+    assert "kept_method" in proof.parameters
+    assert check(problem, proof) == pytest.approx(proof.bound, rel=1e-6)
+    weight = {**proof.parameters["kept"], "node_weight": 0.1}
+    with pytest.raises(CheckError, match=r"must hold the node weight 0\.767442"):
+        check(problem, dataclasses.replace(proof, parameters={**proof.parameters, "kept": weight}))
+    with pytest.raises(CheckError, match="no proof method 'magic'"):
+        check(problem, dataclasses.replace(proof, parameters={**proof.parameters, "kept_method": "magic"}))
+    none = {**proof.arrays, "chosen": np.zeros(3, bool)}
+    assert check(problem, dataclasses.replace(proof, arrays=none)) <= proof.bound
+
+
 @pytest.mark.parametrize(("change", "options", "text"), [
     ({"transitions": None}, {}, "needs transitions"),
     ({"rates": None}, {}, "needs rates"),

@@ -25,7 +25,7 @@ from moesim.placement.solvers.eplb import eplb
 from moesim.placement.solvers.exact import exact, is_small
 from moesim.placement.solvers.lpt import lpt_row
 
-_HOT, _COLD = 0.01, 0.0005  # temperatures, as parts of the mean cost of a layer; tuned on the benchmark's instances
+_HOT, _COLD = 0.64, 0.032  # temperatures, as parts of a layer's mean cost per item; tuned on the benchmark's instances
 _MEAN_PART, _MEAN_UNTIL = 0.9, 0.9  # the blend with mean ports at the start, and when it has faded out
 _LATE = 0.1  # of the time may pass (compiling, say) before the clock hastens the cooling
 _CHUNK_MOVES = 20_000  # of one compiled call, some 0.1 s at most
@@ -235,7 +235,7 @@ class _Search:
 
     def anneal(self, pool: ThreadPoolExecutor, moves: int, began_s: float, until_s: float) -> None:
         """Cool down over `moves` swaps, faster where the clock demands it."""
-        done, turn, chunk, scale = 0, 0, _CHUNK_MOVES, self.value() / self.problem.num_layers
+        done, turn, chunk, scale = 0, 0, _CHUNK_MOVES, self.value() / self.home.size
         while done < moves:
             now_s = time.perf_counter()
             clock = (now_s - began_s) / max(until_s - began_s, 2.0**-20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -66,7 +67,11 @@ def exact(problem: PlacementProblem, *, seed: int, time_limit_s: float, objectiv
         new = goal.value(problem, one)
         if value is None or goal.better(new, value):
             plan, value = one, new
-    proof = None if found is None else search.certificate(objective)
+    proof = None
+    if found is not None and value is not None:
+        proof = search.certificate(objective)
+        if goal.better(value, proof.bound):  # by the last bit: the two add in different orders
+            proof = dataclasses.replace(proof, bound=value)
     if progress is not None and plan is not None and value is not None:
         progress.found(plan.physical_to_logical, value)
         if proof is not None:

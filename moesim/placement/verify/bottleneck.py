@@ -94,7 +94,8 @@ def _array(certificate: Certificate, name: str, shape: tuple[int, ...]) -> np.nd
 def _busiest(weight: np.ndarray, problem: PlacementProblem) -> float:
     """Return what the busiest rank carries at least of float64[expert] weights: the mean, or by counting.
 
-    One slot per expert: some rank holds j + 1 of the j R + 1 heaviest, and S experts in all. Redundant slots: copies
+    One slot per expert: some rank holds j + 1 of the j R + 1 heaviest, and S experts in all; whole weights have a whole
+    sum on the busiest rank. Redundant slots: copies
     that keep every part below t need ``ceil(weight / t)`` slots each; the least t that fits, from its candidates.
     """
     ranks, slots = problem.num_ranks, problem.slots_per_rank
@@ -102,6 +103,8 @@ def _busiest(weight: np.ndarray, problem: PlacementProblem) -> float:
     falling = np.sort(weight)[::-1]
     if problem.num_slots == problem.num_experts:
         light = falling[::-1]
+        if np.all(weight == np.rint(weight)) and weight.sum() < 2.0**53:
+            best = float(np.ceil(weight.sum() / ranks))
         for j in range(slots):
             heavy = falling[j * ranks - j:j * ranks + 1]
             best = max(best, float(heavy.sum() + light[:slots - j - 1].sum()))
