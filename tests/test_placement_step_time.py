@@ -30,7 +30,8 @@ from moesim.traces.steps import Step, closed_loop_steps
 from moesim.traces.trace import RoutingTrace
 
 _spec = spec_from_file_location("step_worlds", Path(__file__).with_name("step_worlds.py"))
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 worlds = module_from_spec(_spec)
 _spec.loader.exec_module(worlds)
 random_plan, world = worlds.random_plan, worlds.world
@@ -75,7 +76,8 @@ def test_measured_kernels_are_scored_by_their_table() -> None:
     profile = CalibrationProfile(cost.hardware.name, (table,))
     measured = CostModel(cost.hardware, profile, route_efficiency=0.7)
     problem = dataclasses.replace(problem, step_cost=step_cost(model, measured))
-    assert problem.step_cost is not None and not problem.step_cost.exact
+    assert problem.step_cost is not None
+    assert not problem.step_cost.exact
     rng = np.random.default_rng(0)
     fixed = {tuple(simulated_ns(trace, model, measured, steps, plan) - layer_times_ns(problem, plan).sum(axis=1))
              for plan in (random_plan(rng, problem) for _ in range(3))}
@@ -88,7 +90,8 @@ def test_rates_round_as_the_callables_do(seed: int) -> None:
     """The vectorised kernel and exchange give the integers of the simulator's own cost functions."""
     problem = world(1, num_ranks=8, per_node=4, ranks_per_port=2)[0]
     cost, rng = problem.step_cost, np.random.default_rng(seed)
-    assert cost is not None and cost.exact
+    assert cost is not None
+    assert cost.exact
     counts = rng.integers(0, 50, size=(20, 4)) * rng.integers(0, 2, size=(20, 4))
     rows, groups, largest = counts.sum(axis=1), np.count_nonzero(counts, axis=1), counts.max(axis=1)
     expected = [cost.kernel_ns(*one) if one[0] else 0 for one in zip(rows.tolist(), groups.tolist(), largest.tolist(),
@@ -115,7 +118,7 @@ def test_other_steps_are_scored_by_replacing_the_sample() -> None:
 
 def test_bad_input_is_refused() -> None:
     """Homes outside the ranks, ranks of two kinds, no steps, and waits of a wrong shape are named."""
-    problem, trace, model, cost, steps = world(2)
+    problem, trace, model, cost, _steps = world(2)
     assert problem.steps is not None
     sample = dataclasses.replace(problem.steps, home_rank=problem.steps.home_rank + 9)
     plan = random_plan(np.random.default_rng(0), problem)
@@ -197,8 +200,8 @@ def test_a_bent_certificate_is_refused() -> None:
             check_colocation(problem, dataclasses.replace(good, arrays=rest))
         with pytest.raises(CheckError, match="must be"):
             check_colocation(problem, dataclasses.replace(good, arrays={**rest, name: array[:1, :1]}))
+        wrong = np.full(array.shape, np.nan) if array.dtype.kind == "f" else array + 99
         with pytest.raises(CheckError, match="must be"):
-            wrong = np.full(array.shape, np.nan) if array.dtype.kind == "f" else array + 99
             check_colocation(problem, dataclasses.replace(good, arrays={**rest, name: wrong}))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from moesim.placement.constraints import Apart, Capacity, Pin
 from moesim.placement.problem import PlacementProblem
-from moesim.placement.step_cost import CONTENTIONS
+from moesim.placement.step_cost import CONTENTIONS, TimedSteps
 
 if TYPE_CHECKING:
     from moesim.placement.kernels.moves import Place, Rules, Uses
@@ -90,7 +91,8 @@ def network(problem: PlacementProblem, layer: int) -> Net:
     from moesim.placement.kernels.step_time import Net
 
     cost, steps = problem.step_cost, problem.steps
-    assert cost is not None and steps is not None
+    assert cost is not None
+    assert steps is not None
     latency, rate, contention = np.zeros(2), np.ones(2), np.zeros(2, np.int64)
     port = np.zeros((2, problem.num_ranks), np.int64)
     for index, level in enumerate(cost.levels):
@@ -192,3 +194,27 @@ class FanoutSearch:
 def seeded(seed: int, layer: int) -> np.ndarray:
     """Return uint64[1], the start of a layer's own random sequence."""
     return np.maximum(np.random.SeedSequence((seed, layer)).generate_state(1, np.uint64), np.uint64(1))
+
+
+def resampled(problem: PlacementProblem, times: int, seed: int) -> PlacementProblem:
+    """Return the problem with its steps and `times` further dealings of their tokens into steps.
+
+    Tokens keep their home rank, so every step keeps its tokens per rank, and what the shared experts take.
+    """
+    steps = problem.steps
+    assert steps is not None
+    if not times:
+        return problem
+    rng = np.random.default_rng(seed)
+    deals = [np.arange(len(steps.expert_ids))]
+    for _ in range(times):
+        deal = deals[0].copy()
+        for home in np.unique(steps.home_rank):
+            own = np.flatnonzero(steps.home_rank == home)
+            deal[own] = rng.permutation(own)
+        deals.append(deal)
+    until = getattr(steps, "until_ns", None)
+    number = np.concatenate([steps.step + turn * steps.num_steps for turn in range(times + 1)])
+    dealt = TimedSteps(steps.expert_ids[np.concatenate(deals)], number, np.tile(steps.home_rank, times + 1),
+                       None if until is None else np.tile(until, (times + 1, 1, 1)))
+    return dataclasses.replace(problem, steps=dealt)

@@ -30,7 +30,8 @@ class StepForms:
 
     def __init__(self, problem: PlacementProblem, layer: int) -> None:
         steps, cost = problem.steps, problem.step_cost
-        assert steps is not None and cost is not None
+        assert steps is not None
+        assert cost is not None
         self.problem, self.steps, self.cost = problem, steps, cost
         self.per_rank, self.num_ranks = problem.slots_per_rank, problem.num_ranks
         level = 1 if problem.num_nodes > 1 else 0
@@ -65,7 +66,7 @@ class StepForms:
         mean, distinct = rows.sum() / self.num_ranks, np.count_nonzero(rows)
         groups, hottest = -(-distinct // self.num_ranks), self._hottest(int(rows.max()))
         if not self.cost.exact:
-            return self._measured_floor(int(-(-rows.sum() // self.num_ranks)), groups)
+            return self._measured_floor(int(-(-rows.sum() // self.num_ranks)), int(groups))
         one = self.cost.kernel
         num_bytes = max(distinct / self.num_ranks * one.bytes_per_group + mean * one.bytes_per_row,
                         groups * (one.bytes_per_group + one.bytes_per_row),

@@ -44,9 +44,9 @@ def start(uses: Uses, place: Place, nodes: np.ndarray, rules: Rules, value: np.n
     place.reached[:] = 0
     nodes[:] = 0
     value[2] = 0.0
-    for expert in range(len(place.count)):
+    for expert in range(len(place.copies)):
         for use in range(uses.first[expert], uses.first[expert + 1]):
-            slot = pick(place.replicas[expert], place.count[expert], uses.turn[use])
+            slot = pick(place.replicas[expert], place.copies[expert], uses.turn[use])
             value[2] += _give(place, nodes, rules, uses.token[use], rules.rank_of[slot], weight)
     value[0] = value[2] + extra_cost(place, rules)
     return value[0]
@@ -55,7 +55,7 @@ def start(uses: Uses, place: Place, nodes: np.ndarray, rules: Rules, value: np.n
 @numba.njit(cache=True, nogil=True)
 def _shift(uses: Uses, place: Place, nodes: np.ndarray, rules: Rules, expert: int, old: np.ndarray, num_old: int,
            weight: float) -> float:
-    delta, num_new = 0.0, place.count[expert]
+    delta, num_new = 0.0, place.copies[expert]
     for use in range(uses.first[expert], uses.first[expert + 1]):
         turn = uses.turn[use]
         before = rules.rank_of[pick(old, num_old, turn)]
@@ -71,7 +71,7 @@ def change(uses: Uses, place: Place, nodes: np.ndarray, rules: Rules, value: np.
            weight: float, slot: int, other: int, expert: int) -> float:
     """Put `expert` into `slot`, and what was there into `other` (unless -1); return the new cost."""
     first = place.slots[slot]
-    num_first, num_second = place.count[first], place.count[expert]
+    num_first, num_second = place.copies[first], place.copies[expert]
     old[0, :num_first] = place.replicas[first, :num_first]
     old[1, :num_second] = place.replicas[expert, :num_second]
     put(place, rules, slot, expert)
@@ -138,9 +138,9 @@ def anneal(uses: Uses, place: Place, nodes: np.ndarray, rules: Rules, value: np.
             continue
         limit = -temperature * np.log(1.0 - fraction(state))  # a rise up to this is taken
         before, first = value[0], place.slots[slot]
-        if plain and other >= 0 and place.count[first] == 1 and place.count[expert] == 1:
-            if swap_delta(uses, place, nodes, rules, weight, first, expert) > limit:
-                continue
+        quick = plain and other >= 0 and place.copies[first] == 1 and place.copies[expert] == 1
+        if quick and swap_delta(uses, place, nodes, rules, weight, first, expert) > limit:
+            continue
         if change(uses, place, nodes, rules, value, old, weight, slot, other, expert) - before > limit:
             change(uses, place, nodes, rules, value, old, weight, slot, other, first)
             continue

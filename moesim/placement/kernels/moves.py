@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
     slots: np.ndarray
     replicas: np.ndarray
-    count: np.ndarray
+    copies: np.ndarray
     held: np.ndarray
     reached: np.ndarray
     moved: np.ndarray
@@ -67,7 +67,7 @@ def draw(state: np.ndarray) -> np.uint64:
 @numba.njit(cache=True, nogil=True, inline="always")
 def below(state: np.ndarray, limit: int) -> int:
     """Return a whole number in 0 ... limit - 1."""
-    return np.int64((draw(state) >> np.uint64(33)) % np.uint64(limit))
+    return int(np.int64((draw(state) >> np.uint64(33)) % np.uint64(limit)))
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -85,13 +85,13 @@ def pick(replicas: np.ndarray, count: int, turn: int) -> int:
 @numba.njit(cache=True, nogil=True)
 def fill(place: Place, rules: Rules) -> None:
     """Set replicas, counts, holdings and moves from the slots."""
-    place.count[:] = 0
+    place.copies[:] = 0
     place.held[:] = 0
     place.moved[0] = 0
     for slot in range(len(place.slots)):
         expert, rank = place.slots[slot], rules.rank_of[slot]
-        place.replicas[expert, place.count[expert]] = slot
-        place.count[expert] += 1
+        place.replicas[expert, place.copies[expert]] = slot
+        place.copies[expert] += 1
         place.held[rank, expert] += 1
         if place.held[rank, expert] == 1 and rules.before[rank, expert] == 0:
             place.moved[0] += 1
@@ -104,18 +104,18 @@ def put(place: Place, rules: Rules, slot: int, expert: int) -> None:
     place.held[rank, old] -= 1
     if place.held[rank, old] == 0 and rules.before[rank, old] == 0:
         place.moved[0] -= 1
-    count, at = place.count[old], 0
+    count, at = place.copies[old], 0
     while place.replicas[old, at] != slot:
         at += 1
     for index in range(at, count - 1):
         place.replicas[old, index] = place.replicas[old, index + 1]
-    place.count[old] = count - 1
-    at = place.count[expert]
+    place.copies[old] = count - 1
+    at = place.copies[expert]
     while at > 0 and place.replicas[expert, at - 1] > slot:
         place.replicas[expert, at] = place.replicas[expert, at - 1]
         at -= 1
     place.replicas[expert, at] = slot
-    place.count[expert] += 1
+    place.copies[expert] += 1
     place.slots[slot] = expert
     place.held[rank, expert] += 1
     if place.held[rank, expert] == 1 and rules.before[rank, expert] == 0:
@@ -147,8 +147,8 @@ def extra_cost(place: Place, rules: Rules) -> float:
 def propose(place: Place, rules: Rules, state: np.ndarray, slot: int) -> tuple[int, int, int]:
     """Return ``(slot, other slot or -1, expert for the slot)``: a swap, or another replica; slot -1: no move."""
     old, rank = place.slots[slot], rules.rank_of[slot]
-    if place.count[old] > 1 and fraction(state) < 0.5:
-        expert = below(state, len(place.count))
+    if place.copies[old] > 1 and fraction(state) < 0.5:
+        expert = below(state, len(place.copies))
         if place.held[rank, expert] > 0:
             return -1, -1, -1
         return slot, -1, expert

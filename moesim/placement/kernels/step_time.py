@@ -62,7 +62,7 @@ def _bump(net: Net, rules: Rules, times: Times, step: int, home: int, rank: int,
 def _shift(uses: Uses, net: Net, place: Place, rules: Rules, times: Times, expert: int, old: np.ndarray,
            num_old: int) -> None:
     """Take the uses of `expert` from its `old` replicas to the present ones."""
-    num_new = place.count[expert]
+    num_new = place.copies[expert]
     for use in range(uses.first[expert], uses.first[expert + 1]):
         turn = uses.turn[use]
         before = pick(old, num_old, turn)
@@ -104,7 +104,7 @@ def _kernel_ns(net: Net, times: Times, step: int, rank: int, width: int) -> int:
         big = max(tile, largest + padding)
         padded = big + max((groups - 1) * tile, rows - largest + (groups - 1) * padding)
     busy = max(padded * k[2] / k[3], (groups * k[4] + rows * k[5]) / k[6])
-    return np.int64(np.rint((k[0] + busy + k[1]) * NS_PER_S))
+    return int(np.rint((k[0] + busy + k[1]) * NS_PER_S))
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -130,7 +130,7 @@ def _exchange(net: Net, times: Times, step: int) -> tuple[int, int]:
         back = max(back, net.latency[level] + home * net.width[1] / net.rate[level])
     if not used:
         return 0, 0
-    return (np.int64(np.rint((out + net.extra[0]) * NS_PER_S)), np.int64(np.rint((back + net.extra[1]) * NS_PER_S)))
+    return int(np.rint((out + net.extra[0]) * NS_PER_S)), int(np.rint((back + net.extra[1]) * NS_PER_S))
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -154,9 +154,9 @@ def start(uses: Uses, net: Net, place: Place, rules: Rules, times: Times) -> flo
     times.received[:] = 0
     times.pair[:] = 0
     times.rows[:] = 0
-    for expert in range(len(place.count)):
+    for expert in range(len(place.copies)):
         for use in range(uses.first[expert], uses.first[expert + 1]):
-            slot = pick(place.replicas[expert], place.count[expert], uses.turn[use])
+            slot = pick(place.replicas[expert], place.copies[expert], uses.turn[use])
             token, rank = uses.token[use], rules.rank_of[slot]
             times.rows[uses.step[token], slot] += 1
             if place.reached[token, rank] == 0:
@@ -173,7 +173,7 @@ def start(uses: Uses, net: Net, place: Place, rules: Rules, times: Times) -> flo
 @numba.njit(cache=True, nogil=True)
 def _refresh(net: Net, place: Place, rules: Rules, times: Times, expert: int, num_old: int, which: int) -> None:
     """Recompute the kernels of the ranks that hold or held copies of an expert."""
-    for index in range(num_old + place.count[expert]):
+    for index in range(num_old + place.copies[expert]):
         slot = times.old[which, index] if index < num_old else place.replicas[expert, index - num_old]
         rank = rules.rank_of[slot]
         for step in range(len(times.total)):
@@ -185,7 +185,7 @@ def change(uses: Uses, net: Net, place: Place, rules: Rules, times: Times, slot:
            expert: int) -> float:
     """Put `expert` into `slot`, and what was there into `other` (unless -1); return the new cost."""
     first = place.slots[slot]
-    num_first, num_second = place.count[first], place.count[expert]
+    num_first, num_second = place.copies[first], place.copies[expert]
     times.old[0, :num_first] = place.replicas[first, :num_first]
     times.old[1, :num_second] = place.replicas[expert, :num_second]
     put(place, rules, slot, expert)

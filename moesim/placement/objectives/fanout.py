@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from moesim.placement.metrics import slot_of_token
@@ -18,7 +20,7 @@ def slots_by_step(problem: PlacementProblem, plan: PlacementPlan) -> np.ndarray:
         return slot_of_token(plan, steps.expert_ids)  # one slot per expert: nothing is counted
     cuts = steps.starts
     return np.concatenate([slot_of_token(plan, steps.expert_ids[first:last])
-                           for first, last in zip(cuts, cuts[1:], strict=False)])
+                           for first, last in itertools.pairwise(cuts)])
 
 
 def layer_fanout(problem: PlacementProblem, plan: PlacementPlan) -> dict[str, np.ndarray]:
@@ -39,7 +41,7 @@ def mean_fanout(problem: PlacementProblem, plan: PlacementPlan) -> dict[str, flo
 def _distinct(places: np.ndarray) -> np.ndarray:
     rising = np.sort(places, axis=2)
     first = np.concatenate([np.ones_like(rising[..., :1], bool), rising[..., 1:] != rising[..., :-1]], axis=2)
-    return np.sum(first & (rising >= 0), axis=(0, 2), dtype=np.int64)
+    return np.asarray(np.sum(first & (rising >= 0), axis=(0, 2), dtype=np.int64))
 
 
 def _score(problem: PlacementProblem, plan: PlacementPlan) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from moesim.errors import InputError
@@ -23,14 +25,15 @@ def layer_times_ns(problem: PlacementProblem, plan: PlacementPlan) -> np.ndarray
     To score a plan on other steps: ``layer_times_ns(dataclasses.replace(problem, steps=held_out), plan)``.
     """
     steps = problem.steps
-    assert steps is not None and problem.step_cost is not None
+    assert steps is not None
+    assert problem.step_cost is not None
     if int(steps.home_rank.max()) >= plan.num_ranks or int(steps.home_rank.min()) < 0:
         raise InputError(f"steps: home_rank must be in 0 ... {plan.num_ranks - 1}")
     slots = slots_by_step(problem, plan)
     until = getattr(steps, "until_ns", None)
     cuts = steps.starts
     times = np.empty((steps.num_steps, plan.num_layers), np.int64)
-    for step, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for step, (first, last) in enumerate(itertools.pairwise(cuts)):
         waits = np.zeros((plan.num_layers, plan.num_ranks), np.int64) if until is None else np.maximum(until[step], 0)
         times[step] = _step_ns(problem, plan, slots[first:last], steps.home_rank[first:last], waits)
     return times

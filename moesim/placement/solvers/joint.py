@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesim.errors import InputError, MoesimError, unknown
-from moesim.placement.layer_search import FanoutSearch, LayerSearch, StepTimeSearch
+from moesim.placement.layer_search import FanoutSearch, LayerSearch, StepTimeSearch, resampled
 from moesim.placement.objectives import OBJECTIVES
 from moesim.placement.objectives.fanout import layer_fanout
 from moesim.placement.objectives.migration import moved_experts
@@ -30,7 +30,8 @@ _HOT, _COLD = 0.5, 0.02  # temperatures in units of the median change of a rando
 
 
 def joint(problem: PlacementProblem, *, seed: int, time_limit_s: float, objective: str = "step_time",
-          node_weight: float = 0.0, migration_weight: float = 0.0, moves: int = 60_000, threads: int = 2,
+          node_weight: float = 0.0, migration_weight: float = 0.0, moves: int = 60_000, resample: int = 3,
+          threads: int = 2,
           starts: Sequence[PlacementPlan] = (), progress: Progress | None = None) -> SolveResult:
     """Minimise the sampled step time, or the fan-out, layer by layer over slots and replicas at once.
 
@@ -49,20 +50,23 @@ def joint(problem: PlacementProblem, *, seed: int, time_limit_s: float, objectiv
         node_weight: fan-out only: what a distinct node counts beside a rank.
         migration_weight: ns (step time) or ranks (fan-out) that copying one byte may cost.
         moves: tried per layer. threads: layers searched at once.
+        resample: step time only: how many more times the tokens of each home rank are dealt into steps for the search
+            (not for the score). Without it the search learns by heart who happened to share a step.
 
     Raises:
         InputError: no steps, no step costs, an option out of range.
         SolverError: constraints that no plan keeps.
     """
     started_s = time.perf_counter()
-    _check(problem, objective, node_weight, migration_weight, moves, threads)
+    _check(problem, objective, node_weight, migration_weight, moves, threads, resample)
     score = _Score(problem, objective, node_weight, migration_weight)
     choice, uneven = _Choice(problem, score, progress), _Choice(problem, score, shared=True)
     for plan in [repair(problem, one) for one in (*starts, *_baselines(problem, seed, started_s + 0.2 * time_limit_s))]:
         choice.offer(plan)
         if plan.slot_share is not None:
             uneven.offer(plan)
-    search = _Search(problem, score, seed, moves, threads, started_s + time_limit_s - 1.5 * score.seconds)
+    dealt = resampled(problem, resample if objective == "step_time" else 0, seed)
+    search = _Search(dealt, score, seed, moves, threads, started_s + time_limit_s - 1.5 * score.seconds)
     complete = search.run(choice)
     choice.offer(choice.searched())
     if len(uneven.costs):
@@ -75,15 +79,16 @@ def joint(problem: PlacementProblem, *, seed: int, time_limit_s: float, objectiv
 
 
 def _check(problem: PlacementProblem, objective: str, node_weight: float, migration_weight: float, moves: int,
-           threads: int) -> None:
+           threads: int, resample: int) -> None:
     if objective not in GOALS:
         raise unknown("objective of joint", objective, GOALS)
     OBJECTIVES[objective].check(problem)
     if not 0 <= node_weight < float("inf") or not 0 <= migration_weight < float("inf"):
         raise InputError(f"joint: weights must be finite and not negative, got node_weight {node_weight} and "
                          f"migration_weight {migration_weight}")
-    if moves < 1 or threads < 1:
-        raise InputError(f"joint: moves and threads must be at least 1, got {moves} and {threads}")
+    if moves < 1 or threads < 1 or resample < 0:
+        raise InputError(f"joint: moves and threads must be at least 1 and resample not negative, got {moves}, "
+                         f"{threads} and {resample}")
     if migration_weight > 0 and problem.current is None:
         raise InputError("joint: migration_weight needs the plan that is loaded now (--from)")
 
@@ -138,12 +143,19 @@ class _Score:
         self.seconds = time.perf_counter() - began_s
         return costs
 
-    def search(self, layer: int, seed: int) -> LayerSearch:
-        """Return the compiled search of a layer; its costs are `unit` times ours."""
-        move_cost = float(self.move_cost[layer]) * self.unit if self.problem.current is not None else 0.0
+    def search(self, problem: PlacementProblem, layer: int, seed: int) -> LayerSearch:
+        """Return the compiled search of a layer of this problem, or of one with more steps (its costs are sums)."""
+        assert self.problem.steps is not None
+        assert problem.steps is not None
+        times = problem.steps.num_steps / self.problem.steps.num_steps
+        move_cost = float(self.move_cost[layer]) * self.unit * times if problem.current is not None else 0.0
         if self.objective == "step_time":
-            return StepTimeSearch(self.problem, layer, seed, move_cost)
-        return FanoutSearch(self.problem, layer, seed, move_cost, self.node_weight)
+            return StepTimeSearch(problem, layer, seed, move_cost)
+        return FanoutSearch(problem, layer, seed, move_cost, self.node_weight)
+
+    def of_row(self, layer: int, row: np.ndarray) -> float:
+        """Return the cost of one layer's slots, evenly split, by the compiled count."""
+        return self.search(self.problem, layer, 0).start(row) / self.unit
 
 
 @dataclass
@@ -230,7 +242,7 @@ class _Search:
 
     def _warm_up(self, choice: _Choice) -> None:
         """Load the kernels once, before threads would compile them twice."""
-        search = self.score.search(0, self.seed)
+        search = self.score.search(self.problem, 0, self.seed)
         search.start(choice.rows[0])
         search.anneal(1, 1.0, 1.0)
 
@@ -239,12 +251,12 @@ class _Search:
         if self.stop.is_set() or time.perf_counter() > self.until_s:
             self.left -= 1
             return None, False
-        search = self.score.search(layer, self.seed)
+        search = self.score.search(self.problem, layer, self.seed)
         search.start(row)
         until_s = time.perf_counter() + (self.until_s - time.perf_counter()) * self.threads / max(self.threads, self.left)
         whole = self._anneal(search, _median_change(search, self.seed), until_s)
         self.left -= 1
-        return (search.best, search.best_cost / self.score.unit), whole
+        return (search.best, self.score.of_row(layer, search.best)), whole
 
     def _anneal(self, search: LayerSearch, step: float, until_s: float) -> bool:
         """Cool down over all moves, or over as many as the time allows by the speed of the first ones."""

@@ -74,7 +74,8 @@ class _Layer:
     """One layer, counted from the tokens."""
 
     def __init__(self, problem: PlacementProblem, layer: int) -> None:
-        assert problem.steps is not None and problem.step_cost is not None
+        assert problem.steps is not None
+        assert problem.step_cost is not None
         self.problem, self.cost, self.size = problem, problem.step_cost, problem.num_experts
         self.across = problem.num_nodes > 1
         self.level = self.cost.levels[int(self.across)]
