@@ -30,6 +30,7 @@ _SHARE = 0.85  # of the time limit: the rest is for the end of a stage, and for 
 _AIM, _STEP = 0.9, 0.85  # of `gap`; of the distance to the bound: what a tabu search aims at
 _ROUNDS, _FAILURES = 1000, 4  # of one tabu search, about 4 ms; searches without gain before a restart
 _TENURE, _RECOUNTS = 10, 0.02
+_FAR = 1.01  # times the bound: further off, other numbers of copies are a better start
 _HOT, _ANNEAL = 0.08, 800  # of the bound; moves per slot
 _TRIES, _STEP_WORK = 2000, 100_000_000  # moves of one descent over steps, at most 0.3 s
 
@@ -60,10 +61,10 @@ def balance(problem: PlacementProblem, *, seed: int, time_limit_s: float, over: 
     Per layer, ending as soon as the largest rank load is within `gap` of its proven bound:
 
     1. EPLB's copies, heaviest first to the lightest rank, copies apart; swaps with the busiest rank while they help;
+       where that is over 1 % off, the best of 11 such starts that give copies to the largest ``load^power / copies``;
     2. tabu searches over swaps and changes of copies, on the squared excess above an aim that falls from the value
        reached towards the bound;
-    3. the same from other starts: the best of 11 greedy ones that give copies to the largest ``load^power / copies``,
-       then layers annealed over the same moves.
+    3. the same again from layers annealed over these moves.
 
     All layers pass one stage before any enters the next, the worst first.
 
@@ -168,6 +169,8 @@ class _Layer:
 def _stages(load: np.ndarray, bound: float, search: _Search, seed: int) -> Iterator[tuple[float, np.ndarray]]:
     """Yield the largest rank load and int32[slot] of one stage after another."""
     first = _greedy(load, 1.0, bound, search)
+    if first[0] > bound * _FAR:
+        first = min((_greedy(load, power, bound, search) for power in _POWERS), key=lambda one: one[0])
     yield first
     recounts = max(_RECOUNTS, min(0.3, 4.0 / search.num_slots)) if search.num_slots > len(load) else 0.0
     used, attempt = 0, 0
@@ -198,12 +201,10 @@ def _nearer(load: np.ndarray, row: np.ndarray, value: float, bound: float, searc
 
 def _restart(load: np.ndarray, bound: float, search: _Search, first: np.ndarray, seed: int,
              attempt: int) -> tuple[float, np.ndarray]:
-    """Return another start: the best of greedy ones with other numbers of copies, later an annealed layer."""
+    """Return another start: an annealed layer."""
     from moesim.placement.kernels import balance as kernels
     from moesim.placement.kernels import balance_search as searching
 
-    if attempt == 1:
-        return min((_greedy(load, power, bound, search) for power in _POWERS), key=lambda one: one[0])
     row, hot = first.copy(), max(_HOT, 2.0 / search.num_slots) * bound
     searching.anneal(load, row, search.num_ranks, bound * (1 + _AIM * search.gap), hot**2, (hot / 50) ** 2,
                      _ANNEAL * search.num_slots, 0.6, seed + attempt)
