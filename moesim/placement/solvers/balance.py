@@ -75,7 +75,7 @@ def balance(problem: PlacementProblem, *, seed: int, time_limit_s: float, over: 
     Args:
         problem: the problem; constraints are left to the caller (`placement.repair`).
         seed: of the search.
-        time_limit_s: wall clock; what is not reached then keeps its start.
+        time_limit_s: wall clock, without compiling (once after installation); what is not reached keeps its start.
         over: ``mean`` (the loads summed) or ``steps``: the sum over the steps of `problem.steps` of the largest rank
             load of each step, which is what a run of the steps waits for.
         split: ``even``, or ``optimal``: shares of replicas that minimise the largest rank load of each layer.
@@ -90,8 +90,9 @@ def balance(problem: PlacementProblem, *, seed: int, time_limit_s: float, over: 
     """
     started_s = time.perf_counter()
     _check_options(problem, over, split, gap, rounds, threads)
-    search = _Search(problem.num_ranks, problem.num_slots, gap, rounds, seed, started_s + _SHARE * time_limit_s,
-                     threading.Event())
+    _warm()
+    search = _Search(problem.num_ranks, problem.num_slots, gap, rounds, seed,
+                     time.perf_counter() + _SHARE * time_limit_s, threading.Event())
     base = eplb(problem, seed=seed, time_limit_s=time_limit_s).plan
     assert base is not None
     if over == "steps":
@@ -122,7 +123,6 @@ def _check_options(problem: PlacementProblem, over: str, split: str, gap: float,
 def _searched(problem: PlacementProblem, search: _Search, base: PlacementPlan, threads: int,
               progress: Progress | None) -> np.ndarray:
     """Return int32[layer, slot]: all layers searched in turn, one stage each, the worst first, until all are good."""
-    _warm()
     layers = [_Layer(load.copy(), float(bound), slots.copy(), search, index) for index, (load, bound, slots) in enumerate(
         zip(problem.expert_load, balance_bound(problem), base.physical_to_logical, strict=True))]
     pool = ThreadPoolExecutor(threads)
