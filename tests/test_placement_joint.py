@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import InputError
 from moesim.placement.constraints import Apart, Capacity, Constraints, Pin
-from moesim.placement.layer_search import FanoutSearch, StepTimeSearch
+from moesim.placement.layer_search import FanoutSearch, StepTimeSearch, split_steps
 from moesim.placement.objectives.fanout import FANOUT, layer_fanout
 from moesim.placement.objectives.migration import MIGRATION, moved_experts
 from moesim.placement.objectives.step_time import STEP_TIME, layer_times_ns
@@ -129,6 +129,26 @@ def test_same_seed_same_plan() -> None:
     assert plans[0].provenance["complete"] is True
 
 
+def test_what_is_learned_by_heart_stays_out() -> None:
+    """With steps kept from the search, each layer is its start's row or better than it on those steps too."""
+    problem = world(9, batch=10, num_steps=12)[0]
+    plan = joint(problem, seed=0, moves=1500, validate=0.5, time_limit_s=30.0).plan
+    free = joint(problem, seed=0, moves=1500, validate=0.0, resample=0, time_limit_s=30.0)
+    start = joint(problem, seed=0, moves=1, validate=0.0, resample=0, time_limit_s=30.0).plan
+    assert plan is not None
+    assert start is not None
+    unseen = split_steps(problem, 0.5)[1]
+    assert unseen is not None
+    assert unseen.steps is not None
+    assert unseen.steps.num_steps == 6
+    assert np.array_equal(layer_times_ns(unseen, plan), layer_times_ns(problem, plan)[6:])
+    new, old = (layer_times_ns(unseen, one).sum(axis=0) for one in (plan, start))
+    same = np.all(plan.physical_to_logical == start.physical_to_logical, axis=1)
+    assert np.all(same | (new < old))
+    assert free.objective is not None
+    assert free.objective <= STEP_TIME.value(problem, plan)
+
+
 def test_constraints_are_kept() -> None:
     """Pins, pairs apart and capacities hold in the result, and it still improves on the repaired starts."""
     rules = Constraints((Pin(3, 0), Pin(5, 2, 1)), (Apart(0, 1), Apart(2, 4, 0)), (Capacity("node", 0, 4),))
@@ -173,6 +193,7 @@ def test_progress_falls_to_the_result() -> None:
     ({"node_weight": -1.0}, "weights must be finite"),
     ({"moves": 0}, "moves and threads must be at least 1"),
     ({"resample": -1}, "resample not negative"),
+    ({"validate": 1.0}, "validate must be at least 0 and below 1"),
     ({"migration_weight": 1.0}, "needs the plan that is loaded now"),
 ])
 def test_bad_options_are_refused(options: dict, text: str) -> None:

@@ -218,3 +218,24 @@ def resampled(problem: PlacementProblem, times: int, seed: int) -> PlacementProb
     dealt = TimedSteps(steps.expert_ids[np.concatenate(deals)], number, np.tile(steps.home_rank, times + 1),
                        None if until is None else np.tile(until, (times + 1, 1, 1)))
     return dataclasses.replace(problem, steps=dealt)
+
+
+def split_steps(problem: PlacementProblem, share: float) -> tuple[PlacementProblem, PlacementProblem | None]:
+    """Return the problem with its first steps, and with the last `share` of them (None: no whole step to spare)."""
+    steps = problem.steps
+    assert steps is not None
+    held = int(share * steps.num_steps)
+    if not held:
+        return problem, None
+    cut = steps.num_steps - held
+    return _some_steps(problem, 0, cut), _some_steps(problem, cut, steps.num_steps)
+
+
+def _some_steps(problem: PlacementProblem, first: int, last: int) -> PlacementProblem:
+    steps = problem.steps
+    assert steps is not None
+    part = slice(*steps.starts[[first, last]])
+    until = getattr(steps, "until_ns", None)
+    return dataclasses.replace(problem, steps=TimedSteps(
+        steps.expert_ids[part], steps.step[part] - first, steps.home_rank[part],
+        None if until is None else until[first:last]))

@@ -43,6 +43,7 @@ class StepForms:
         self.rows = self._rows(steps.expert_ids[:, layer])
         self.zone = steps.home_rank // self.per_zone
         self.cuts = steps.starts
+        self._crosses: dict[int, bool] = {}
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
         """Return int64[step, expert], uses."""
@@ -87,6 +88,11 @@ class StepForms:
 
     def must_cross(self, step: int) -> bool:
         """Return whether some token has to leave its zone: a zone wants more experts than it can hold."""
+        if step not in self._crosses:
+            self._crosses[step] = self._must_cross(step)
+        return self._crosses[step]
+
+    def _must_cross(self, step: int) -> bool:
         used, zone = self.of_step(step)
         if self.level is None:
             return False

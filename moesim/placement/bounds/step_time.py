@@ -28,6 +28,7 @@ def prove_step_time(problem: PlacementProblem, *, seed: int, time_limit_s: float
     token that share a rank. Summed over the steps of a layer: ``constant + <M, U>``, where sharing that saves traffic
     costs balance in the same sum. Its least value over all U is bounded by `colocation` (eigenvalues and counting).
 
+    Anytime: layers that the clock does not reach have their constants alone.
     With replicas U has no such form: then the mean rank and node, and the hottest expert over its copies, of all
     steps together. Certificates: int8[step, layer] ``kernel_form``, ``traffic_form``; int16[step, layer]
     ``kernel_expert``, ``traffic_expert``; float32[layer, E, E] ``pairs`` and float64[layer, E] ``diagonal`` (one slot
@@ -39,7 +40,8 @@ def prove_step_time(problem: PlacementProblem, *, seed: int, time_limit_s: float
     total, arrays = 0.0, _empty(problem)
     for layer in range(problem.num_layers):
         forms = StepForms(problem, layer)
-        if problem.num_slots > problem.num_experts or not problem.step_cost.exact:
+        late = layer > 0 and time.perf_counter() > until_s  # constants alone, from here on
+        if late or problem.num_slots > problem.num_experts or not problem.step_cost.exact:
             total += forms.floor_ns()
             continue
         budget_s = time.perf_counter() + (until_s - time.perf_counter()) / (problem.num_layers - layer)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesim.errors import InputError, MoesimError, unknown
-from moesim.placement.layer_search import FanoutSearch, LayerSearch, StepTimeSearch, resampled
+from moesim.placement.layer_search import FanoutSearch, LayerSearch, StepTimeSearch, resampled, split_steps
 from moesim.placement.objectives import OBJECTIVES
 from moesim.placement.objectives.fanout import layer_fanout
 from moesim.placement.objectives.migration import moved_experts
@@ -31,7 +31,7 @@ _HOT, _COLD = 0.5, 0.02  # temperatures in units of the median change of a rando
 
 def joint(problem: PlacementProblem, *, seed: int, time_limit_s: float, objective: str = "step_time",
           node_weight: float = 0.0, migration_weight: float = 0.0, moves: int = 60_000, resample: int = 3,
-          threads: int = 2,
+          validate: float = 0.25, threads: int = 2,
           starts: Sequence[PlacementPlan] = (), progress: Progress | None = None) -> SolveResult:
     """Minimise the sampled step time, or the fan-out, layer by layer over slots and replicas at once.
 
@@ -52,21 +52,24 @@ def joint(problem: PlacementProblem, *, seed: int, time_limit_s: float, objectiv
         moves: tried per layer. threads: layers searched at once.
         resample: step time only: how many more times the tokens of each home rank are dealt into steps for the search
             (not for the score). Without it the search learns by heart who happened to share a step.
+        validate: the share of steps (the last ones) that the search does not see; a layer's found row is taken only if
+            it beats its start on them too, so that what is learned by heart stays out of the plan.
 
     Raises:
         InputError: no steps, no step costs, an option out of range.
         SolverError: constraints that no plan keeps.
     """
     started_s = time.perf_counter()
-    _check(problem, objective, node_weight, migration_weight, moves, threads, resample)
+    _check(problem, objective, node_weight, migration_weight, moves, threads, resample, validate)
     score = _Score(problem, objective, node_weight, migration_weight)
     choice, uneven = _Choice(problem, score, progress), _Choice(problem, score, shared=True)
     for plan in [repair(problem, one) for one in (*starts, *_baselines(problem, seed, started_s + 0.2 * time_limit_s))]:
         choice.offer(plan)
         if plan.slot_share is not None:
             uneven.offer(plan)
-    dealt = resampled(problem, resample if objective == "step_time" else 0, seed)
-    search = _Search(dealt, score, seed, moves, threads, started_s + time_limit_s - 1.5 * score.seconds)
+    seen, unseen = split_steps(problem, validate)
+    dealt = resampled(seen, resample if objective == "step_time" else 0, seed)
+    search = _Search(dealt, unseen, score, seed, moves, threads, started_s + time_limit_s - 1.5 * score.seconds)
     complete = search.run(choice)
     choice.offer(choice.searched())
     if len(uneven.costs):
@@ -79,7 +82,7 @@ def joint(problem: PlacementProblem, *, seed: int, time_limit_s: float, objectiv
 
 
 def _check(problem: PlacementProblem, objective: str, node_weight: float, migration_weight: float, moves: int,
-           threads: int, resample: int) -> None:
+           threads: int, resample: int, validate: float) -> None:
     if objective not in GOALS:
         raise unknown("objective of joint", objective, GOALS)
     OBJECTIVES[objective].check(problem)
@@ -89,6 +92,8 @@ def _check(problem: PlacementProblem, objective: str, node_weight: float, migrat
     if moves < 1 or threads < 1 or resample < 0:
         raise InputError(f"joint: moves and threads must be at least 1 and resample not negative, got {moves}, "
                          f"{threads} and {resample}")
+    if not 0 <= validate < 1:
+        raise InputError(f"joint: validate must be at least 0 and below 1, got {validate}")
     if migration_weight > 0 and problem.current is None:
         raise InputError("joint: migration_weight needs the plan that is loaded now (--from)")
 
@@ -147,7 +152,9 @@ class _Score:
         """Return the compiled search of a layer of this problem, or of one with more steps (its costs are sums)."""
         assert self.problem.steps is not None
         assert problem.steps is not None
-        times = problem.steps.num_steps / self.problem.steps.num_steps
+        times = len(problem.steps.expert_ids) / len(self.problem.steps.expert_ids)
+        if self.objective == "step_time":
+            times = problem.steps.num_steps / self.problem.steps.num_steps
         move_cost = float(self.move_cost[layer]) * self.unit * times if problem.current is not None else 0.0
         if self.objective == "step_time":
             return StepTimeSearch(problem, layer, seed, move_cost)
@@ -218,8 +225,9 @@ class _Choice:
 class _Search:
     """Layers in turn over a few threads; each gets its share of the time that is left."""
 
-    def __init__(self, problem: PlacementProblem, score: _Score, seed: int, moves: int, threads: int,
-                 until_s: float) -> None:
+    def __init__(self, problem: PlacementProblem, unseen: PlacementProblem | None, score: _Score, seed: int,
+                 moves: int, threads: int, until_s: float) -> None:
+        self.unseen = unseen
         self.problem, self.score, self.seed, self.moves, self.threads = problem, score, seed, moves, threads
         self.until_s, self.left, self.stop = until_s, problem.num_layers, threading.Event()
 
@@ -256,6 +264,10 @@ class _Search:
         until_s = time.perf_counter() + (self.until_s - time.perf_counter()) * self.threads / max(self.threads, self.left)
         whole = self._anneal(search, _median_change(search, self.seed), until_s)
         self.left -= 1
+        if self.unseen is not None:
+            judge = self.score.search(self.unseen, layer, self.seed)
+            if judge.start(search.best) >= judge.start(row):
+                return None, whole
         return (search.best, self.score.of_row(layer, search.best)), whole
 
     def _anneal(self, search: LayerSearch, step: float, until_s: float) -> bool:
