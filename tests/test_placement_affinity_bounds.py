@@ -12,8 +12,9 @@ from scipy.optimize import linprog
 
 from moesim.errors import CheckError, InputError
 from moesim.placement.bounds.chain_sdp import prove_affinity, prove_hops
-from moesim.placement.bounds.chain_sdp_iterate import ChainSDP, capped_simplex
+from moesim.placement.bounds.chain_sdp_iterate import ChainSDP
 from moesim.placement.bounds.chain_sdp_proof import prove_level
+from moesim.placement.bounds.chain_sdp_spectrum import Spectrum, capped_simplex
 from moesim.placement.bounds.matching import affinity_bound, best_matching
 from moesim.placement.certificate import Certificate, read_certificate
 from moesim.placement.kernels import affinity_sdp as kernels
@@ -304,6 +305,23 @@ def test_capped_simplex_is_the_nearest_point() -> None:
     assert found.max() <= 2.0
     inner = (found > 1e-9) & (found < 2.0 - 1e-9)
     assert np.ptp((values - found)[inner]) < 1e-9
+
+
+def test_a_followed_subspace_gives_nearly_the_whole_projection() -> None:
+    """After a small change of a matrix, following the subspace gives the projection that numpy's eigh gives."""
+    rng = np.random.default_rng(0)
+    flat = np.kron(np.eye(2), np.eye(130) - 1 / 130)
+    start, change = (flat @ (part + part.T) @ flat for part in rng.normal(size=(2, 260, 260)))
+    low_rank = rng.normal(size=(260, 9))
+    start += flat @ (low_rank @ low_rank.T) @ flat
+    spectrum = Spectrum(500.0, 900.0)
+    spectrum.decompose(start.astype(np.float32))
+    target = start + 0.01 * change
+    assert spectrum.follow(target.astype(np.float32))
+    values, vectors = np.linalg.eigh(target)
+    expected = (vectors * capped_simplex(values, 500.0, 900.0)) @ vectors.T
+    found = spectrum.root() @ spectrum.root().T
+    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
 
 
 def test_kernels_of_the_sdp_match_numpy() -> None:

@@ -9,6 +9,9 @@ import numpy as np
 
 from moesim.placement.problem import PlacementProblem
 
+# (hot, cold) of a round, in spreads of an expert's gains over the ranks: the first suits strong structure, where a
+# plan sits in a deep valley; the second even routing
+ANNEALING = ((0.4, 0.1), (0.2, 0.05))
 _CHUNK = 1 << 18  # swaps per compiled call: well under half a second
 
 

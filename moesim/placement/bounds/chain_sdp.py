@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.placement.affinity_search import AffinitySearch
+from moesim.placement.affinity_search import ANNEALING, AffinitySearch
 from moesim.placement.blas_threads import one_blas_thread
 from moesim.placement.bounds.chain_sdp_iterate import ChainSDP
 from moesim.placement.bounds.chain_sdp_proof import prove_level
@@ -27,6 +27,7 @@ _FIRST = 20  # iterations before the first proof; later ones after twice as many
 _CUTS_UP_TO_EXPERTS = 128  # beyond, a plan's co-location is spread too thin for cuts to bite
 _CUTS_PER_PAIR = 3000
 _CUTS_FROM, _CUTS_EVERY = 20, 10
+_ANNEAL_UP_TO, _MOVES = 4096, 1000  # experts of all layers, and swaps for each, of the annealing after a rounding
 _CONVERGED = 2.0**-14
 _MET = 2.0**-40
 
@@ -169,6 +170,17 @@ class _Proof:
         if self.search is None or self.progress is None:
             return
         homes = self.search.round(sdp.cross)
+        self._found(homes)
+        if homes.size <= _ANNEAL_UP_TO:
+            for hot, cold in ANNEALING:
+                annealed = homes.copy()
+                self.search.anneal(annealed, _MOVES * homes.size, sdp.rounds, float("inf"), hot=hot, cold=cold)
+                self.search.sweep(annealed, float("inf"))
+                self._found(annealed)
+
+    def _found(self, homes: np.ndarray) -> None:
+        assert self.search is not None
+        assert self.progress is not None
         slots = self.search.slots_of(homes)
         plan = PlacementPlan(slots, self.problem.num_ranks, self.problem.num_experts)
         kept = kept_fraction(self.problem, plan, self.node_weight)

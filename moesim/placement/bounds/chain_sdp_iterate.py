@@ -6,6 +6,8 @@ from concurrent.futures import Executor
 
 import numpy as np
 
+from moesim.placement.bounds.chain_sdp_spectrum import FULL_EVERY, Spectrum
+
 _RELAX = 1.6  # over-relaxation (Eckstein and Bertsekas, Math. Programming 55, 1992: any value below 2)
 _PENALTY = 1.5  # of the augmented Lagrangian, in units of `_spread`; tried: 0.4 to 6 on the benchmark's instances
 _CUT_STEP = 1.0  # of a cut's weight, in units of the penalty; above 2 the weights swing
@@ -48,6 +50,8 @@ class ChainSDP:
             self.cut_total = np.broadcast_to(np.float32(0.0), joint)
         self.cuts = [np.zeros((0, 4), np.int32)] * self.num_pairs
         self.weights = [np.zeros(0)] * self.num_pairs
+        cap = 2.0 * capacity
+        self.spectra = [Spectrum(cap, cap * (self.num_places - 1)) for _ in range(self.num_pairs)]
         self.rounds = 0
 
     def iterate(self) -> None:
@@ -64,24 +68,16 @@ class ChainSDP:
 
     def _spectrum(self, pair: int) -> None:
         """Add the nearest matrix with a plan's kind of spectrum to the pair's dual."""
-        from scipy.linalg import eigh
-
         from moesim.placement.kernels import affinity_sdp as kernels
 
         size = self.num_experts
-        target = np.empty((2 * size, 2 * size), np.float32, order="C")
+        target = np.empty((2 * size, 2 * size), np.float32)
         first, cross, second = self.same[pair], self.cross[pair], self.same[pair + 1]
         kernels.centred_difference(first, cross, second, self.dual[pair], target)
-        # the two block-constant directions are no part of the spectrum: sink them below it, then leave them out
-        sunk = 2.0 * float(np.linalg.norm(target)) / size
-        target[:size, :size] -= np.float32(sunk)
-        target[size:, size:] -= np.float32(sunk)
-        values, vectors = eigh(target, driver="evd", overwrite_a=True, check_finite=False)
-        cap = 2.0 * self.capacity
-        clipped = np.zeros_like(values)
-        clipped[2:] = capped_simplex(values[2:].astype(np.float64), cap, cap * (self.num_places - 1))
-        used = clipped > 0
-        basis = vectors[:, used] * np.sqrt(clipped[used])
+        spectrum = self.spectra[pair]
+        if (self.rounds + pair) % FULL_EVERY == 0 or not spectrum.follow(target):
+            spectrum.decompose(target)
+        basis = spectrum.root()
         nearest = basis @ basis.T
         nearest += np.float32(self.capacity / size)
         kernels.relax(self.dual[pair], nearest, first, cross, second, _RELAX)
@@ -123,15 +119,3 @@ def _spread(counts: np.ndarray) -> float:
     """Return the standard deviation of counts less their rows' and columns' means: what a plan can win."""
     rows, columns = counts.mean(axis=2, keepdims=True), counts.mean(axis=1, keepdims=True)
     return float((counts - rows - columns + rows.mean(axis=1, keepdims=True)).std())
-
-
-def capped_simplex(values: np.ndarray, cap: float, total: float) -> np.ndarray:
-    """Return the nearest float64 vector with entries in 0 ... `cap` that sums to `total`, by bisection."""
-    low, high = float(values.min()) - cap, float(values.max())
-    for _ in range(64):
-        shift = 0.5 * (low + high)
-        if np.clip(values - shift, 0.0, cap).sum() > total:
-            low = shift
-        else:
-            high = shift
-    return np.clip(values - high, 0.0, cap)

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from moesim.errors import InputError
-from moesim.placement.affinity_search import AffinitySearch
+from moesim.placement.affinity_search import ANNEALING, AffinitySearch
 from moesim.placement.bounds import affinity_bound, counted_transitions
 from moesim.placement.objectives.affinity import AFFINITY, kept_fraction
 from moesim.placement.plan import PlacementPlan
@@ -154,8 +154,8 @@ class _Run:
         """Anneal and sweep from the best homes, again and again; return whether the time sufficed."""
         assert self.homes is not None
         idle, turn, size = 0, 0, self.homes.size * moves
-        while idle < len(_SCHEDULES):
-            hot, cold = _SCHEDULES[turn % len(_SCHEDULES)]
+        while idle < len(ANNEALING):
+            hot, cold = ANNEALING[turn % len(ANNEALING)]
             homes = self.homes.copy()
             complete = self.search.anneal(homes, size, seed * 7919 + turn, last_s, hot=hot, cold=cold)
             complete = self.search.sweep(homes, self.until_s) and complete
@@ -177,11 +177,6 @@ class _Run:
             objective_name=_objective_name(self.node_weight), objective=self.kept,
             objective_bound=max(self.bound, self.kept), time_s=time.perf_counter() - started_s, seed=seed, sense="max",
             bound_method="b-matching")
-
-
-# (hot, cold) of a round, in spreads of an expert's gains over the ranks: the first suit strong structure, where a
-# plan sits in a deep valley; the last suit even routing
-_SCHEDULES = ((0.4, 0.1), (0.2, 0.05))
 
 
 def _fill(problem: PlacementProblem, load: np.ndarray, home: np.ndarray) -> np.ndarray:
