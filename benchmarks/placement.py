@@ -131,9 +131,8 @@ def deepseek_rows() -> Iterator[Row]:
 def joint_row(name: str, problem: PlacementProblem, better: float) -> Row:
     """The bottleneck objective against balance-then-assign, and its certified gap."""
     from moesim.placement.bounds.bottleneck import prove_bottleneck
-    from moesim.placement.solvers.bottleneck import balance_then_assign
-
     from moesim.placement.objectives import OBJECTIVES
+    from moesim.placement.solvers.bottleneck import balance_then_assign
 
     value = OBJECTIVES["bottleneck"].value
     base = value(problem, balance_then_assign(problem))
@@ -189,8 +188,9 @@ def balance_rows() -> Iterator[Row]:
 
 def split_rows() -> Iterator[Row]:
     """The exact split of a batch's tokens over replicas, against the LP."""
-    from moesim.placement.split import split_layer
     from scipy.optimize import linprog
+
+    from moesim.placement.split import split_layer
 
     rng = np.random.default_rng(SEED)
     load = DEEPSEEK.problem(64, 8).expert_load[:8]

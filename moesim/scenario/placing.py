@@ -210,7 +210,7 @@ def with_costs(problem: PlacementProblem, model: ModelSpec, cost: CostModel, tra
                steps: list[Step], dispatch_bytes: float | None = None) -> PlacementProblem:
     """Return the problem with token sets by step and the machine's costs, which some objectives need."""
     return dataclasses.replace(
-        problem, steps=step_sample(trace, steps, problem.num_ranks), rates=exchange_rates(model, cost),
+        problem, steps=step_sample(trace, steps, problem.num_ranks, model=model, cost=cost), rates=exchange_rates(model, cost),
         step_cost=step_cost(model, cost, dispatch_bytes=dispatch_bytes))
 
 

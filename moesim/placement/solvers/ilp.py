@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import warnings
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # (expert, copies, rank): a variable of the program
 Key = tuple[int, int, int]
 
-BACKENDS = ("cpsat", "pulp")
+BACKENDS = {"cpsat": "CP-SAT", "pulp": "CBC"}
 REPLICAS = ("fixed", "free")
 _TOTAL_MAX = 2**40  # scaled load of a layer, far within int64
 _LCM_MAX = 2**20
@@ -74,10 +75,12 @@ def ilp(problem: PlacementProblem, *, seed: int, time_limit_s: float, backend: s
         model = _layer_model(load, problem, float(bounds[layer]), replicas)
         effort = _Effort(seed, share_s, time_limit_s / problem.num_layers * _DETERMINISTIC_SHARE, num_workers)
         solved.append(_solve_layer(model, backend, effort))
-    return balance_result(
+    proven = np.array([layer.bound for layer in solved])
+    result = balance_result(
         problem, np.stack([layer.row for layer in solved]), solver="ilp", seed=seed, started_s=started_s,
-        layer_bound=np.array([layer.bound for layer in solved]),
+        layer_bound=proven,
         provenance={"layers_from_lpt": [index for index, layer in enumerate(solved) if layer.from_lpt]})
+    return dataclasses.replace(result, bound_method=BACKENDS[backend] if np.any(proven > bounds) else "counting")
 
 
 def _check_options(backend: str, replicas: str, num_workers: int) -> None:
