@@ -24,7 +24,7 @@ _MATCHING, _SDP = "b-matching", "chain SDP"
 _EIGH_S = 1.6e-10  # seconds per n^3 of one symmetric eigenproblem, one core: only to guess what fits the time
 _PROOF = 5  # a proof costs about as much as so many iterations
 _FIRST = 20  # iterations before the first proof; later ones after twice as many each
-_CUTS_UP_TO_EXPERTS = 128  # beyond, a plan's co-location is spread too thin for cuts to bite
+_CUTS_UP_TO_EXPERTS, _CUTS_UP_TO_CAPACITY = 128, 4  # beyond both, cuts win less than the time they take
 _CUTS_PER_PAIR = 3000
 _CUTS_FROM, _CUTS_EVERY = 20, 10
 _ANNEAL_UP_TO, _MOVES = 4096, 1000  # experts of all layers, and swaps for each, of the annealing after a rounding
@@ -140,8 +140,9 @@ class _Proof:
 
     def _relax_level(self, level: str, until_s: float, pool: Executor) -> None:
         size = self.problem.num_experts
-        cuts = _CUTS_PER_PAIR if size <= _CUTS_UP_TO_EXPERTS else 0
-        sdp = ChainSDP(self.counts, self._capacity(level), pool, cuts_per_pair=cuts)
+        capacity = self._capacity(level)
+        cuts = _CUTS_PER_PAIR if size <= _CUTS_UP_TO_EXPERTS or capacity <= _CUTS_UP_TO_CAPACITY else 0
+        sdp = ChainSDP(self.counts, capacity, pool, cuts_per_pair=cuts)
         following, improving, proof_s = _FIRST, True, 0.0
         while improving and not self.met():
             before_s = time.perf_counter()

@@ -9,7 +9,7 @@ import numpy as np
 from moesim.placement.bounds.chain_sdp_spectrum import FULL_EVERY, Spectrum
 
 _RELAX = 1.6  # over-relaxation (Eckstein and Bertsekas, Math. Programming 55, 1992: any value below 2)
-_PENALTY = 1.5  # of the augmented Lagrangian, in units of `_spread`; tried: 0.4 to 6 on the benchmark's instances
+_PENALTY = 2.0  # of the augmented Lagrangian, in units of `_spread`; tried: 0.4 to 6 on the benchmark's instances
 _CUT_STEP = 1.0  # of a cut's weight, in units of the penalty; above 2 the weights swing
 _CUT_ABOVE = 0.05  # violation from which a cut is worth its memory
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+NEAREST = 32  # others around a centre that cuts are looked for among: their number enters cubed
 WIDTH = 4  # members of a cut: a centre, then two or three others (-1: none)
 
 
@@ -108,10 +109,14 @@ def find_cuts(joint: np.ndarray, above: float, room: int) -> tuple[np.ndarray, n
     found = 0
     near = np.empty(size, np.int64)
     for i in range(size):
-        count = 0
-        for j in range(size):
-            if j != i and joint[i, j] > above:
-                near[count], count = j, count + 1
+        count, floor = NEAREST + 1, above / 1.5
+        while count > NEAREST:
+            count, floor = 0, floor * 1.5
+            for j in range(size):
+                if j != i and joint[i, j] > floor:
+                    near[count], count = j, count + 1
+            if floor > 1.0:
+                count = min(count, NEAREST)
         for x in range(count):
             for y in range(x + 1, count):
                 j, k = near[x], near[y]
