@@ -200,12 +200,12 @@ def split_rows() -> Iterator[Row]:
         for layer in range(8):
             batch = rng.multinomial(32_768, load[layer] / load[layer].sum()).astype(float)
             row = plan.physical_to_logical[layer]
-            split_layer(row, num_ranks, batch)  # warm up
+            split_layer(row, batch, num_ranks)  # warm up
             for _ in range(5):
                 started = time.perf_counter()
-                shares = split_layer(row, num_ranks, batch)
+                split = split_layer(row, batch, num_ranks)
                 times.append(time.perf_counter() - started)
-            reached = (shares * batch[row]).reshape(num_ranks, -1).sum(axis=1).max()
+            reached = split.tokens.reshape(num_ranks, -1).sum(axis=1).max()
             off.append(abs(reached / _lp_largest(linprog, row, num_ranks, batch) - 1))
         worst = max(off)
         yield Row(f"{num_ranks} GPUs, {num_slots} slots, batches of 32,768", f"largest load within {worst:.1e} of the LP",

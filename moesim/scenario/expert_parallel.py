@@ -23,13 +23,13 @@ from moesim.placement.plan import PlacementPlan, read_plan
 from moesim.placement.problem import PlacementProblem
 from moesim.placement.prove import prove
 from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note
-from moesim.scenario.placing import with_costs
+from moesim.scenario.placing import TRAIN_STEPS, full_steps, with_costs
 from moesim.scenario.schema import ExpertParallelStudy, PlanChoice
 from moesim.simulate.critical_path import bounded_by
 from moesim.simulate.result import SimulationResult
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
-from moesim.traces.steps import Step
+from moesim.traces.steps import Step, closed_loop_steps
 from moesim.units import s_from_ns
 
 BOUND_NOTE = (
@@ -111,7 +111,10 @@ class ExpertParallelSetup:
             memory_bytes_per_rank=free,
             num_groups=model.num_groups,
         )
-        steps = make_steps(self.train, self.study.workload, self.seed)
+        load = self.study.workload
+        steps = full_steps(closed_loop_steps(
+            self.train, batch_size=min(load.batch_size, len(self.train.requests())), max_steps=TRAIN_STEPS,
+            include_prefill=load.include_prefill, seed=self.seed))
         return with_costs(problem, model, self.cost, self.train, steps, self.study.system.dispatch_bytes)
 
     def check(self) -> None:

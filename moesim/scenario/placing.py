@@ -36,9 +36,10 @@ from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
 from moesim.traces.steps import Step, closed_loop_steps
 from moesim.traces.store import read_trace, resolve_trace
-from moesim.traces.trace import PREFILL, RoutingTrace
+from moesim.traces.trace import PHASES, PREFILL, RoutingTrace
 
-TRAIN_STEPS, JUDGE_STEPS, REQUESTS_PER_RANK = 32, 8, 8
+TRAIN_STEPS, JUDGE_STEPS, REQUESTS_PER_RANK = 64, 16, 8
+FULL_SHARE = 0.75
 OVERFIT_SHARE = 0.8
 _ROWS_FOR_RATE = 4096  # rows per expert at which a kernel's time per row is taken: weights no longer count
 
@@ -123,8 +124,9 @@ class PlaceSetup:
         """Return decode steps of a trace (or its prefill, where it has nothing else)."""
         decodes = bool(np.any(trace.phase != PREFILL))
         batch = self.request.batch_size or REQUESTS_PER_RANK * self.hardware.num_ranks
-        return closed_loop_steps(trace, batch_size=min(batch, len(trace.requests())), max_steps=max_steps,
-                                 include_prefill=not decodes, seed=self.request.seed)
+        return full_steps(closed_loop_steps(
+            trace, batch_size=min(batch, len(trace.requests())), max_steps=max_steps, include_prefill=not decodes,
+            seed=self.request.seed))
 
     def _problem(self, trace: RoutingTrace, steps: list[Step]) -> PlacementProblem:
         free = min(self.hardware.memory_of(rank).num_bytes for rank in self.hardware.ranks)
@@ -204,6 +206,14 @@ class PlaceSetup:
             found.append(f"the plan overfits: against a contiguous plan it gains {train:.1%} on the tokens that it was "
                          f"made from, {other:.1%} on the others")
         return found
+
+
+def full_steps(steps: list[Step]) -> list[Step]:
+    """Return the steps up to where the batch drains (requests have run out): later ones are of another kind."""
+    prefill = PHASES[PREFILL]  # prompts differ in length at any time
+    least = FULL_SHARE * max((step.num_tokens for step in steps if step.phase != prefill), default=0)
+    drained = (index for index, step in enumerate(steps) if step.phase != prefill and step.num_tokens < least)
+    return steps[:next(drained, len(steps))] or steps[:1]
 
 
 def with_costs(problem: PlacementProblem, model: ModelSpec, cost: CostModel, trace: RoutingTrace,

@@ -17,7 +17,8 @@ def bottleneck_parts(problem: PlacementProblem, plan: PlacementPlan) -> tuple[np
     from rank r to s (transitions times `pair_weight`) and c[r, s] the port seconds per token:
     ``max_r max(sum_s F[r, s] c[r, s], sum_s F[s, r] c[s, r])``: a port sends and receives at once.
     """
-    assert problem.transitions is not None and problem.rates is not None
+    assert problem.transitions is not None
+    assert problem.rates is not None
     rates = problem.rates
     cost = rates.link_s(problem.num_ranks, problem.ranks_per_node)
     exchange = np.zeros(problem.num_layers - 1)
