@@ -246,3 +246,23 @@ def verify(
         console().print(table)
     if not verdict.holds:
         raise CheckError(f"{plan}: {sum(not good for _, good in verdict.claims)} claims do not hold")
+
+
+@place_app.command("import")
+def import_plan(
+    source: Annotated[Path, typer.Argument(help="A CSV of ExFlow: Expert,Node.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The *.plan.json file to write.")],
+    num_experts: Annotated[int | None, typer.Option(min=1, help="Experts per layer.")] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="MoE layers.")] = None,
+    num_ranks: Annotated[int | None, typer.Option(min=1, help="GPUs (default: the largest in the file, plus one).")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Read a plan that ExFlow made, to judge it with --from or to run it in a scenario."""
+    from moesim.placement.exflow_files import read_exflow_csv
+
+    plan = read_exflow_csv(source, num_experts=num_experts, num_layers=num_layers, num_ranks=num_ranks)
+    facts = {"layers": plan.num_layers, "experts": plan.num_experts, "ranks": plan.num_ranks, "file": plan.write(out)}
+    if json:
+        emit_json(facts)
+    else:
+        show_pairs("Imported plan", facts.items())

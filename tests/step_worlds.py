@@ -1,6 +1,6 @@
 """Worlds of the step-time tests: a small machine, a trace, its steps, and the problem that joins them.
 
-Not a test module; the test files load it by its path.
+Not a test module: test files import it by its name (`pythonpath` in pyproject.toml).
 """
 
 from __future__ import annotations

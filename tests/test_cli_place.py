@@ -233,6 +233,19 @@ def test_compare_ranks_all_solvers_and_draws_them(folder: Path) -> None:
     assert (folder / "cmp/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plan_of_exflow_goes_out_and_comes_back(folder: Path) -> None:
+    """A plan exported as ExFlow's CSV and imported again holds the same experts on the same ranks."""
+    call(*PLACE, "--solver", "lpt")
+    call("export", "a.plan.json", "--to", "exflow", "--out", "a.csv")
+    call("place", "import", "a.csv", "--num-experts", "8", "-o", "b.plan.json")
+    both = [np.sort(read_plan(folder / name).physical_to_logical.reshape(3, 4, 2), axis=2)
+            for name in ("a.plan.json", "b.plan.json")]
+    assert np.array_equal(*both)
+    done = CliRunner().invoke(app, ["place", "import", "a.csv", "--num-experts", "7", "-o", "c.plan.json"])
+    assert done.exit_code == 2
+    assert "a.csv" in done.stderr
+
+
 def test_rolling_pays_for_its_moves(folder: Path) -> None:
     """The first block has no move; later blocks say what was copied; the mean over the run adds up."""
     found = call_json("place", "rolling", *COMMON, "--every", "4", "--window", "4", "--max-steps", "12",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
+import step_worlds as worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,11 +22,6 @@ from moesim.placement.problem import PlacementProblem
 from moesim.placement.progress import Progress
 from moesim.placement.solvers.joint import joint
 
-_spec = spec_from_file_location("step_worlds", Path(__file__).with_name("step_worlds.py"))
-assert _spec is not None
-assert _spec.loader is not None
-worlds = module_from_spec(_spec)
-_spec.loader.exec_module(worlds)
 random_plan, world = worlds.random_plan, worlds.world
 SHAPES = [{}, {"redundant": 4}, {"contention": "pair", "redundant": 4}, {"contention": "egress"},
           {"ranks_per_port": 2, "num_ranks": 8, "per_node": 4, "redundant": 8}, {"num_ranks": 4, "per_node": 4},

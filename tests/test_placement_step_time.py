@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
+import step_worlds as worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,11 +28,6 @@ from moesim.simulate.run import simulate
 from moesim.traces.steps import Step, closed_loop_steps
 from moesim.traces.trace import RoutingTrace
 
-_spec = spec_from_file_location("step_worlds", Path(__file__).with_name("step_worlds.py"))
-assert _spec is not None
-assert _spec.loader is not None
-worlds = module_from_spec(_spec)
-_spec.loader.exec_module(worlds)
 random_plan, world = worlds.random_plan, worlds.world
 
 

@@ -14,6 +14,7 @@ from moesim.errors import InputError, MoesimError, SolverError, did_you_mean
 from moesim.placement.call import COMMON, call_solver, takes
 from moesim.placement.goal import Goal, parse_goal
 from moesim.placement.objectives import OBJECTIVES
+from moesim.placement.objectives.objective import Objective
 from moesim.placement.plan import PlacementPlan
 from moesim.placement.problem import PlacementProblem
 from moesim.placement.progress import Progress
@@ -153,17 +154,31 @@ def _proven(problem: PlacementProblem, result: SolveResult, prove_s: float, prog
         return _composite_bound(problem, result, prove_s)
     if result.objective_bound is not None and (result.status is SolveStatus.OPTIMAL or not prove_s):
         return result
+    found = Progress(progress.listener if progress else None, one.sense, objective=result.objective)
     try:
         proof = prove(problem, one.name, seed=result.seed, time_limit_s=prove_s or _QUICK_S, incumbent=result.plan,
-                      progress=progress)
+                      progress=found)
     except (KeyboardInterrupt, MoesimError):
-        return result  # without a tighter bound
+        return _better_plan(problem, result, one, found)  # without a tighter bound
+    result = _better_plan(problem, result, one, found)
+    assert result.objective is not None
     if result.objective_bound is not None and not one.better(result.objective_bound, proof.bound):
         return result
     tight = math.isclose(proof.bound, result.objective, rel_tol=_MEETS)
     status = SolveStatus.OPTIMAL if tight else result.status
     return dataclasses.replace(result, objective_bound=proof.bound, bound_method=proof.method, certificate=proof,
                                status=status)
+
+
+def _better_plan(problem: PlacementProblem, result: SolveResult, one: Objective, found: Progress) -> SolveResult:
+    """Return the result with the plan that a prover came across (rounding its relaxation), if that is better."""
+    if found.slots is None:
+        return result
+    plan = repair(problem, PlacementPlan(found.slots, problem.num_ranks, problem.num_experts, {"rounded": True}))
+    value = one.value(problem, plan)
+    if result.objective is not None and not one.better(value, result.objective):
+        return result
+    return dataclasses.replace(result, plan=plan, objective=value)
 
 
 def _composite_bound(problem: PlacementProblem, result: SolveResult, prove_s: float) -> SolveResult:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from moesim.artifacts import digest_file
 from moesim.errors import InputError
 from moesim.placement.certificate import Certificate, read_certificate
@@ -34,7 +36,9 @@ def verify_plan_file(path: Path, *, trace: str | None = None, model: str | None 
                          f"{setup.trace.digest()}, the plan says {digest})")
     name = next((name for name in OBJECTIVES.names()
                  if OBJECTIVES[name].unit == plan.provenance.get("objective_name")), None)
-    return verify(setup.problem, plan, name, plan.provenance.get("objective"), _certificate(path, plan))
+    certificate = _certificate(path, plan)
+    with threadpool_limits(1, user_api="blas"):  # many small eigenproblems: threads that wait by spinning only harm
+        return verify(setup.problem, plan, name, plan.provenance.get("objective"), certificate)
 
 
 def _request(path: Path, plan: PlacementPlan, trace: str | None, model: str | None) -> PlaceRequest:

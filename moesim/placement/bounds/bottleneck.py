@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from moesim.placement.blas_threads import one_blas_thread
 from moesim.placement.bounds.balance import balance_bound
 from moesim.placement.certificate import Certificate
 from moesim.placement.objectives import OBJECTIVES
@@ -71,7 +71,7 @@ def _stages(problem: PlacementProblem, hot: np.ndarray, started_s: float,
     """Yield one certificate per stage, each with the multipliers of those before."""
     if problem.num_layers == 1:
         return
-    with one_blas_thread():
+    with threadpool_limits(1, user_api="blas"):
         arrays = _pair_duals(problem, started_s + time_limit_s / 4)
     yield _certificate(problem, hot, arrays)
     near, far = _rates(problem)
@@ -98,7 +98,7 @@ def _node_chain(problem: PlacementProblem, chosen: np.ndarray, until_s: float) -
     from moesim.placement.bounds.node_chain import chain_multipliers
 
     assert problem.transitions is not None
-    with one_blas_thread():
+    with threadpool_limits(1, user_api="blas"):
         return chain_multipliers(np.asarray(problem.transitions, np.float64) * chosen[:, None, None],
                                  problem.num_nodes, until_s)
 

@@ -8,9 +8,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from moesim.placement.affinity_search import ANNEALING, AffinitySearch
-from moesim.placement.blas_threads import one_blas_thread
 from moesim.placement.bounds.chain_sdp_iterate import ChainSDP
 from moesim.placement.bounds.chain_sdp_proof import prove_level
 from moesim.placement.bounds.matching import counted_transitions, matching_potentials, matching_shape
@@ -66,7 +66,7 @@ def _prove(problem: PlacementProblem, objective: str, node_weight: float, time_l
     proof = _Proof(problem, objective, node_weight, incumbent, progress)
     proof.match()
     if problem.num_slots == problem.num_experts and not proof.met():
-        with one_blas_thread(), ThreadPoolExecutor(_cores()) as pool:
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_cores()) as pool:
             proof.relax(until_s, pool)
     return proof.certificate()
 

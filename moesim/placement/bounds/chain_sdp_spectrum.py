@@ -31,14 +31,14 @@ class Spectrum:
 
     def decompose(self, target: np.ndarray) -> None:
         """Solve the whole eigenproblem of `target`, which is overwritten."""
-        from scipy.linalg import eigh
+        from moesim.placement.kernels.lapack import symmetric_eigen
 
         size = len(target) // 2
         # sink the block-constant directions below the rest, then leave them out
         sunk = np.float32(2.0 * float(np.linalg.norm(target)) / size)
         target[:size, :size] -= sunk
         target[size:, size:] -= sunk
-        values, vectors = eigh(target, driver="evd", overwrite_a=True, check_finite=False)
+        values, vectors = symmetric_eigen(target)
         self._keep(values[2:], vectors[:, 2:])
         self.lowest = float(values[2])
         columns = min(len(self.values), int(1.15 * np.count_nonzero(self.clipped)) + 16)
@@ -52,7 +52,9 @@ class Spectrum:
 
     def follow(self, target: np.ndarray) -> bool:
         """Follow the subspace to `target`; return False, with nothing changed, where it does not suffice."""
-        from scipy.linalg import eigh, solve_triangular
+        from scipy.linalg import solve_triangular
+
+        from moesim.placement.kernels.lapack import symmetric_eigen
 
         if self.vectors is None or len(target) < _FOLLOW_FROM or self.vectors.shape[1] > _WIDEST * len(target):
             return False
@@ -65,7 +67,7 @@ class Spectrum:
             return False
         basis = solve_triangular(factor, block.T, lower=True, check_finite=False).T
         small = basis.T @ (target @ basis)
-        values, turn = eigh(0.5 * (small + small.T), driver="evd", overwrite_a=True, check_finite=False)
+        values, turn = symmetric_eigen(0.5 * (small + small.T))
         clipped = capped_simplex(values.astype(np.float64), self.cap, self.total)
         if np.count_nonzero(clipped) > len(values) - _SPARE:
             return False

@@ -19,6 +19,7 @@ from moesim.placement.progress import Progress
 from moesim.placement.relabel import relabelled
 from moesim.placement.repair import repair
 from moesim.placement.result import SolveResult, SolveStatus
+from moesim.placement.split import static_split
 
 BASELINES = ("contiguous", "lpt", "eplb")
 # the solver made for each objective; `exact` goes first where its dynamic program is small enough
@@ -35,8 +36,9 @@ def auto(problem: PlacementProblem, *, seed: int, time_limit_s: float, starts: S
     """Return the best plan for a goal (`moesim.placement.goal.parse_goal`) that any solver here finds.
 
     Baselines (contiguous, LPT, EPLB, the current plan, `starts`) are scored first; then the solver made for each
-    objective of the goal runs, starting from them, in an even share of the time; plans are brought within the
-    constraints, and renamed towards the current plan where migration counts. The best by the goal is kept, so the
+    objective of the goal runs, starting from them, in its share of the time; the best plan is also tried with the
+    shares of its replicas that are best for the load. Plans are brought within the constraints, and renamed towards
+    the current plan where migration counts. The best by the goal is kept, so the
     result is never worse than a baseline on the goal. For a goal of several objectives the plans found are then
     mixed layer by layer while that helps and time is left.
 
@@ -62,6 +64,7 @@ def auto(problem: PlacementProblem, *, seed: int, time_limit_s: float, starts: S
         left_s = started_s + time_limit_s - time.perf_counter()
         rest = sum(other for _, _, other in specialists[place:]) + (goal.single is None)
         search.run(solver, options, seed, max(0.05, left_s * weight / rest))
+    search.offer_split()
     if goal.single is None:
         search.mix(started_s + time_limit_s)
     return search.result(seed, started_s)
@@ -168,6 +171,12 @@ class _Portfolio:
         if result.plan is not None:
             self.offer(result.plan)
             self.proof = result
+
+    def offer_split(self) -> None:
+        """Offer the best plan with the shares of its replicas that are best for the load, where it has replicas."""
+        assert self.best is not None
+        if self.problem.num_slots > self.problem.num_experts:
+            self.offer(static_split(self.best[1], self.problem.expert_load))
 
     def mix(self, until_s: float) -> None:
         """Take single layers of the other plans into the best one while that is better and time is left."""
