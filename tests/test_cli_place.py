@@ -112,12 +112,14 @@ def test_the_step_time_is_the_simulators(folder: Path) -> None:
     from moesim.hardware.load import load_hardware
     from moesim.lowering.expert_parallel import ExpertParallelProgram
     from moesim.model.catalog import load_model
+    from moesim.scenario.placing import JUDGE_STEPS, full_steps
     from moesim.simulate.run import simulate
     from moesim.traces.steps import closed_loop_steps
 
     facts = call_json(*PLACE, "--batch-size", "3", "--objective", "step_time")
     _, held_out = split_requests(read_trace(folder / "tiny.trace.parquet"), 0.5, 0)
-    steps = closed_loop_steps(held_out, batch_size=3, max_steps=8, include_prefill=False, seed=0)
+    steps = full_steps(closed_loop_steps(held_out, batch_size=3, max_steps=JUDGE_STEPS, include_prefill=False, seed=0))
+    assert len(steps) > 1
     program = ExpertParallelProgram(load_model("tiny/config.json"), held_out, steps,
                                     read_plan(folder / "a.plan.json"),
                                     CostModel(load_hardware("h100-sxm", gpus_per_node=4)))
