@@ -59,14 +59,17 @@ def auto(problem: PlacementProblem, *, seed: int, time_limit_s: float, starts: S
     for plan in (*starts, *_current(problem), *_baselines(problem, seed)):
         search.offer(plan)
     search.num_baselines = len(search.plans)
-    specialists = _specialists(problem, goal)
+    specialists, until_s = _specialists(problem, goal), started_s + time_limit_s
     for place, (solver, options, weight) in enumerate(specialists):
-        left_s = started_s + time_limit_s - time.perf_counter()
+        began_s = time.perf_counter()
         rest = sum(other for _, _, other in specialists[place:]) + (goal.single is None)
-        search.run(solver, options, seed, max(0.05, left_s * weight / rest))
+        share_s = max(0.05, (until_s - began_s) * weight / rest)
+        search.run(solver, options, seed, share_s)
+        # what a solver takes beyond its share (loops compiled for the first time) is not taken from the others
+        until_s += max(0.0, time.perf_counter() - began_s - share_s)
     search.offer_split()
     if goal.single is None:
-        search.mix(started_s + time_limit_s)
+        search.mix(until_s)
     return search.result(seed, started_s)
 
 
@@ -222,7 +225,8 @@ class _Portfolio:
         key, plan = self._chosen()
         one, proof = self.goal.single, self.proof
         objective = key[0] if one is None or one.sense == "min" else -key[0]
-        known = one is not None and proof is not None and proof.objective_name == one.unit
+        whole = self.fit is self.problem  # a bound on some of the steps is none on all
+        known = whole and one is not None and proof is not None and proof.objective_name == one.unit
         bound = proof.objective_bound if known and proof is not None else None
         optimal = known and proof is not None and proof.status is SolveStatus.OPTIMAL and proof.objective == objective
         if self.passed_over:
