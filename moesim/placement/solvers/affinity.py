@@ -19,6 +19,7 @@ from moesim.placement.result import SolveResult, SolveStatus
 from moesim.placement.solvers.lpt import lpt_row
 
 _MEETS = 1e-12
+_LONGER, _LONGEST = 4, 16  # rounds that win nothing are followed by longer ones, up to so many times the first
 _ANNEAL_SHARE = 0.9  # of the time limit, after which no new round begins
 
 
@@ -37,8 +38,8 @@ def affinity(problem: PlacementProblem, *, seed: int, time_limit_s: float, start
     minimises `hops`.) Given its neighbours, one layer is a transportation problem, solved exactly
     (`kernels.affinity.assign`). First plans: the contiguous and LPT plans, and forward greedy passes from the first
     layer of each and from `num_starts` seeded ones; from every one, sweeps to and fro until no layer improves. Then
-    rounds of annealing by swaps from the best (`anneal_moves` swaps per expert of a layer each; hot and cool ones in
-    turn), swept again, until two rounds in succession win nothing. A local optimum: exact only where the status is
+    rounds of annealing by swaps from the best (at first `anneal_moves` swaps per expert of a layer; hot and cool ones in
+    turn), swept again; where two in succession win nothing rounds become four times as long, twice over. A local optimum: exact only where the status is
     OPTIMAL (the bound is met). The result depends on the clock only if `time_limit_s` cuts the search short
     (provenance: ``complete``).
 
@@ -50,7 +51,7 @@ def affinity(problem: PlacementProblem, *, seed: int, time_limit_s: float, start
         starts: plans to start from; the result keeps at least as much as each of them.
         progress: told of every better plan.
         num_starts: further forward passes, from seeded first layers.
-        anneal_moves: swaps per expert of a layer in one round of annealing; 0: none.
+        anneal_moves: swaps per expert of a layer in the first rounds of annealing; 0: none.
 
     Raises:
         InputError: no transitions in the problem (a trace of counts only), or an option out of range.
@@ -154,7 +155,9 @@ class _Run:
         """Anneal and sweep from the best homes, again and again; return whether the time sufficed."""
         assert self.homes is not None
         idle, turn, size = 0, 0, self.homes.size * moves
-        while idle < len(ANNEALING):
+        while idle < len(ANNEALING) or size < self.homes.size * moves * _LONGEST:
+            if idle == len(ANNEALING):
+                idle, size = 0, size * _LONGER
             hot, cold = ANNEALING[turn % len(ANNEALING)]
             homes = self.homes.copy()
             complete = self.search.anneal(homes, size, seed * 7919 + turn, last_s, hot=hot, cold=cold)
