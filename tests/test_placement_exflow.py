@@ -166,16 +166,21 @@ def test_the_result_is_never_worse_than_a_start_and_never_beats_its_bound() -> N
 @pytest.mark.parametrize("mode", ["bipartition", "direct"])
 def test_a_plan_to_start_from_is_found_again_at_every_level(mode: str) -> None:
     """Without time for any program, the cuts of the start are kept through all stages, whatever its ranks are called."""
-    trace = block_trace(2000, 5, 16, 1, strength=6.0, seed=4)
-    problem = problem_from_trace(trace, num_ranks=8, ranks_per_node=4)
-    good = place(problem, "affinity", node_weight=0.5).plan
-    assert good is not None
+    # planted homes whose cut is the best at every level: ranks, pairs of ranks, nodes of four, all eight
+    rng = np.random.default_rng(4)
+    homes = np.stack([rng.permutation(np.repeat(np.arange(8), 2)) for _ in range(5)])
+    weight = np.stack([sum(10.0 * (here[:, None] // width == there[None, :] // width) for width in (1, 2, 4))
+                       for here, there in itertools.pairwise(homes)]) + rng.integers(0, 3, (4, 16, 16))
+    problem = PlacementProblem(np.ones((5, 16)), 8, 2, 4, transitions=weight)
+    good = PlacementPlan(slots_from_homes(homes, 8, 2), 8, 16)
     name = np.array([6, 7, 5, 4, 2, 3, 1, 0])  # within nodes and halves only
-    renamed = PlacementPlan(slots_from_homes(name[homes_from_plan(good)], 8, 2), 8, 16)
-    result = exflow(problem, seed=0, time_limit_s=2**-20, mode=mode, starts=[renamed])
+    renamed = PlacementPlan(slots_from_homes(name[homes], 8, 2), 8, 16)
+    result = exflow(problem, seed=0, time_limit_s=2**-20, mode=mode, starts=[renamed], warm_start=False)
     assert result.plan is not None
     assert result.objective == pytest.approx(OBJECTIVES["hops"].value(problem, good))
     assert not result.plan.provenance["from_start"]  # the stages themselves arrived there
+    alone = exflow(problem, seed=0, time_limit_s=2**-20, mode=mode, warm_start=False)
+    assert alone.objective > result.objective  # without the start they do not
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:

@@ -152,7 +152,8 @@ def _proven(problem: PlacementProblem, result: SolveResult, prove_s: float, prog
     one = next((OBJECTIVES[name] for name in OBJECTIVES.names() if OBJECTIVES[name].unit == result.objective_name), None)
     if one is None or (one.name not in PROVERS and one.name != "migration") or result.objective is None:
         return _composite_bound(problem, result, prove_s)
-    if result.objective_bound is not None and (result.status is SolveStatus.OPTIMAL or not prove_s):
+    optimal = result.status is SolveStatus.OPTIMAL and result.certificate is not None
+    if result.objective_bound is not None and (optimal or not prove_s):
         return result
     found = Progress(progress.listener if progress else None, one.sense, objective=result.objective)
     try:
@@ -162,7 +163,9 @@ def _proven(problem: PlacementProblem, result: SolveResult, prove_s: float, prog
         return _better_plan(problem, result, one, found)  # without a tighter bound
     result = _better_plan(problem, result, one, found)
     assert result.objective is not None
-    if result.objective_bound is not None and not one.better(result.objective_bound, proof.bound):
+    known = result.objective_bound
+    same = result.certificate is None and known is not None and math.isclose(known, proof.bound, rel_tol=_MEETS)
+    if known is not None and not same and not one.better(known, proof.bound):
         return result
     tight = math.isclose(proof.bound, result.objective, rel_tol=_MEETS)
     status = SolveStatus.OPTIMAL if tight else result.status
