@@ -232,6 +232,10 @@ def test_compare_ranks_all_solvers_and_draws_them(folder: Path) -> None:
     assert values == sorted(values, reverse=True)
     assert all(value <= found["bound"] * (1 + 1e-9) for value in values)
     assert {"lpt", "affinity", "auto", "exact"} <= set(ran)
+    alone = {row["solver"]: row for row in found["rows"]}
+    call(*PLACE, "--solver", "random", "--objective", "affinity")
+    plain = read_plan(folder / "a.plan.json").provenance["objective"]
+    assert alone["random"]["objective"] == plain < alone["auto"]["objective"]  # no prover's plan passes for random's
     assert (folder / "cmp/compare.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,7 +14,6 @@ from moesim.errors import InputError, MoesimError, SolverError, did_you_mean
 from moesim.placement.call import COMMON, call_solver, takes
 from moesim.placement.goal import Goal, parse_goal
 from moesim.placement.objectives import OBJECTIVES
-from moesim.placement.objectives.objective import Objective
 from moesim.placement.plan import PlacementPlan
 from moesim.placement.problem import PlacementProblem
 from moesim.placement.progress import Progress
@@ -70,9 +69,14 @@ def place(problem: PlacementProblem, solver: str, *, seed: int = 0, time_limit_s
     used = _options(function, solver, options)
     result = _solve(problem, solver, goal, progress, seed=seed, time_limit_s=time_limit_s, **options)
     result = _within_constraints(problem, result)
+    own = result.objective_name
     if goal is not None:
         result = _judged(problem, result, goal)
-    result = _proven(problem, result, prove_s, progress)
+    # a plan that a prover rounds may take the place of a search's plan, never of another method's or objective's
+    found = Progress(progress.listener if progress else None, result.sense, objective=result.objective)
+    proven = _proven(problem, result, prove_s, found)
+    searched = takes(function, "progress") and own == result.objective_name
+    result = _better_plan(problem, proven, found) if searched else proven
     assert result.plan is not None
     problem.check(result.plan)
     provenance = {
@@ -147,22 +151,22 @@ def _judged(problem: PlacementProblem, result: SolveResult, goal: Goal) -> Solve
                                sense="min" if one is None else one.sense)
 
 
-def _proven(problem: PlacementProblem, result: SolveResult, prove_s: float, progress: Progress | None) -> SolveResult:
-    """Return the result with a bound where it has none, and with a tighter one where `prove_s` finds it."""
+def _proven(problem: PlacementProblem, result: SolveResult, prove_s: float, found: Progress) -> SolveResult:
+    """Return the result with a bound where it has none, and with a tighter one where `prove_s` finds it.
+
+    `found` is told of the plans that a prover comes across.
+    """
     one = next((OBJECTIVES[name] for name in OBJECTIVES.names() if OBJECTIVES[name].unit == result.objective_name), None)
     if one is None or (one.name not in PROVERS and one.name != "migration") or result.objective is None:
         return _composite_bound(problem, result, prove_s)
     optimal = result.status is SolveStatus.OPTIMAL and result.certificate is not None
     if result.objective_bound is not None and (optimal or not prove_s):
         return result
-    found = Progress(progress.listener if progress else None, one.sense, objective=result.objective)
     try:
         proof = prove(problem, one.name, seed=result.seed, time_limit_s=prove_s or _QUICK_S, incumbent=result.plan,
                       progress=found)
     except (KeyboardInterrupt, MoesimError):
-        return _better_plan(problem, result, one, found)  # without a tighter bound
-    result = _better_plan(problem, result, one, found)
-    assert result.objective is not None
+        return result  # without a tighter bound
     known = result.objective_bound
     same = result.certificate is None and known is not None and math.isclose(known, proof.bound, rel_tol=_MEETS)
     if known is not None and not same and not one.better(known, proof.bound):
@@ -173,15 +177,14 @@ def _proven(problem: PlacementProblem, result: SolveResult, prove_s: float, prog
                                status=status)
 
 
-def _better_plan(problem: PlacementProblem, result: SolveResult, one: Objective, found: Progress) -> SolveResult:
+def _better_plan(problem: PlacementProblem, result: SolveResult, found: Progress) -> SolveResult:
     """Return the result with the plan that a prover came across (rounding its relaxation), if that is better."""
-    if found.slots is None:
+    one = next((OBJECTIVES[name] for name in OBJECTIVES.names() if OBJECTIVES[name].unit == result.objective_name), None)
+    if found.slots is None or one is None or result.objective is None:
         return result
     plan = repair(problem, PlacementPlan(found.slots, problem.num_ranks, problem.num_experts, {"rounded": True}))
     value = one.value(problem, plan)
-    if result.objective is not None and not one.better(value, result.objective):
-        return result
-    return dataclasses.replace(result, plan=plan, objective=value)
+    return dataclasses.replace(result, plan=plan, objective=value) if one.better(value, result.objective) else result
 
 
 def _composite_bound(problem: PlacementProblem, result: SolveResult, prove_s: float) -> SolveResult:

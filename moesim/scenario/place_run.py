@@ -34,7 +34,10 @@ class PlaceOutcome:
         """Return the facts as people read them."""
         from moesim.report.tables import format_value
 
-        return [(key, format_value(key, value)) for key, value in self.facts.items() if value is not None]
+        unit = "_ns" if self.facts["objective_name"] == OBJECTIVES["step_time"].unit else ""
+        names = {"objective": f"objective{unit}", "objective_bound": f"objective_bound{unit}"}
+        return [(key, format_value(names.get(key, key), value)) for key, value in self.facts.items()
+                if value is not None]
 
 
 def run_place(request: PlaceRequest, *, solver: str, objective: str | None, time_limit_s: float, prove_s: float,
