@@ -26,6 +26,7 @@ from moesim.traces.trace import RoutingTrace
 
 _MEETS = 2.0**-40
 _QUICK_S = 1.0
+PROVING = "proving"  # the stage of reports that come from a prover
 FALLBACKS = ("lpt", "eplb", "contiguous")
 
 
@@ -73,7 +74,7 @@ def place(problem: PlacementProblem, solver: str, *, seed: int = 0, time_limit_s
     if goal is not None:
         result = _judged(problem, result, goal)
     # a plan that a prover rounds may take the place of a search's plan, never of another method's or objective's
-    found = Progress(progress.listener if progress else None, result.sense, objective=result.objective)
+    found = Progress(progress.listener if progress else None, result.sense, PROVING, objective=result.objective)
     proven = _proven(problem, result, prove_s, found)
     searched = takes(function, "progress") and own == result.objective_name
     result = _better_plan(problem, proven, found) if searched else proven
@@ -83,7 +84,7 @@ def place(problem: PlacementProblem, solver: str, *, seed: int = 0, time_limit_s
         **result.plan.provenance, "solver": solver, "options": used, "status": result.status.value,
         "objective_name": result.objective_name, "objective": result.objective,
         "objective_bound": result.objective_bound, "bound_method": result.bound_method, "gap": result.gap,
-        "time_s": result.time_s, "seed": seed}
+        "time_s": result.time_s, "seed": seed, "searched_for_it": searched}
     return dataclasses.replace(result, plan=dataclasses.replace(result.plan, provenance=provenance))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moesim.report.plots import GREY, INK, INK_GID, PALETTE, panels
+from moesim.report.plots import INK, INK_GID, PALETTE, panels
 from moesim.report.tables import format_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MARKERS = ("o", "s", "^", "D")
 PLAN_COLUMNS = ("plan", "step time>", "imbalance>", "kept on rank>", "cross-rank/step>", "cross-node/step>",
                 "migration>", "gain train>", "held out>")
 _PLAN_KEYS = ("step_time_s", "imbalance", "kept_on_rank_fraction", "cross_rank_bytes_per_step",
@@ -56,10 +57,10 @@ def compare_figure(rows: list[dict[str, Any]], facts: dict[str, Any]) -> Figure:
     figure, axes = panels(1, 4.6)
     axis = axes[0]
     for place, row in enumerate(rows):
-        colour = PALETTE[place % len(PALETTE)] if place < len(PALETTE) else GREY
+        colour, marker = PALETTE[place % len(PALETTE)], MARKERS[place // len(PALETTE) % len(MARKERS)]
         times, values = zip(*_rising(row["curve"]), strict=True)
         axis.step(times, values, where="post", color=colour, linewidth=1.4, alpha=0.9)
-        axis.plot(times[-1], values[-1], "o", color=colour, markersize=6, label=row["solver"])
+        axis.plot(times[-1], values[-1], marker, color=colour, markersize=6, label=row["solver"])
     if facts.get("bound") is not None:
         axis.axhline(facts["bound"], color=INK[False], linewidth=1.4, linestyle="--", gid=INK_GID,
                      label=f"bound: no plan is {'lower' if facts['sense'] == 'min' else 'higher'}")

@@ -11,7 +11,7 @@ from typing import Any
 from moesim.artifacts import atomic_path, write_json
 from moesim.errors import MoesimError
 from moesim.placement.goal import parse_goal
-from moesim.placement.place import place
+from moesim.placement.place import PROVING, place
 from moesim.placement.progress import Progress, Report
 from moesim.placement.prove import PROVERS, prove
 from moesim.placement.result import relative_gap
@@ -77,7 +77,7 @@ def _row(setup: PlaceSetup, solver: str, objective: str, time_limit_s: float,
     curve: list[tuple[float, float]] = []
 
     def listen(report: Report) -> None:
-        if report.objective is not None:
+        if report.objective is not None and report.stage != PROVING:
             curve.append((report.seconds, report.objective))
         if listener is not None:
             listener(report)
@@ -90,6 +90,8 @@ def _row(setup: PlaceSetup, solver: str, objective: str, time_limit_s: float,
     seconds = time.perf_counter() - started_s
     assert result.plan is not None  # place() raises otherwise
     assert result.objective is not None
+    if not result.plan.provenance["searched_for_it"]:
+        curve = []  # of another objective
     return {"solver": solver, "status": result.status.value, "time_s": result.time_s, "wall_s": seconds,
             "objective": result.objective, "bound": result.objective_bound, "made": result.plan,
             "curve": [*curve, (max(result.time_s, 1.0 / 1024), result.objective)],

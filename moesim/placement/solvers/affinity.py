@@ -84,6 +84,8 @@ class _Run:
                  progress: Progress | None) -> None:
         self.problem, self.transitions = problem, counted_transitions(problem)
         self.node_weight, self.until_s, self.progress = node_weight, until_s, progress
+        if progress is not None:
+            progress.sense = "max"
         self.search = AffinitySearch(problem, self.transitions, node_weight)
         self.homes: np.ndarray | None = None
         self.homes_kept = -1.0
