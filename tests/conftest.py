@@ -57,3 +57,10 @@ def tiny_folder(tmp_path: Path) -> Path:
     write_trace(synthetic_trace(160, 3, 8, 2, 8, seed=1), tmp_path / "tiny.trace.parquet")
     (tmp_path / "tiny.yaml").write_text(TINY_SCENARIO)
     return tmp_path
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model, trace and scenario, in the working directory."""
+    monkeypatch.chdir(tiny_folder)
+    return tiny_folder

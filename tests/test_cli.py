@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import call, call_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -29,25 +30,6 @@ from moesim.traces.store import read_trace
 
 PLACE = ("place", "--trace", "tiny.trace.parquet", "--model", "tiny/config.json", "--hardware", "h100-sxm",
          "--gpus-per-node", "4", "--solver", "lpt")
-
-
-@pytest.fixture
-def folder(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny model, trace and scenario, in the working directory."""
-    monkeypatch.chdir(tiny_folder)
-    return tiny_folder
-
-
-def call(*arguments: str) -> str:
-    """Run the command line; returns stdout of a run that must succeed."""
-    done = CliRunner().invoke(app, list(arguments))
-    assert done.exit_code == 0, done.stderr or repr(done.exception)
-    return done.stdout
-
-
-def call_json(*arguments: str) -> Any:
-    """Run a verb with --json; its whole stdout must be one JSON document."""
-    return json.loads(call(*arguments, "--json"))
 
 
 def test_version_and_help() -> None:

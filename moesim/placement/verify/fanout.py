@@ -7,13 +7,11 @@ from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
-from scipy.linalg import eigh
 
 from moesim.errors import CheckError
 from moesim.placement.certificate import Certificate
 from moesim.placement.problem import PlacementProblem
-
-_EPS = 2.0**-52
+from moesim.placement.verify.colocation import most_together
 
 
 def _array(certificate: Certificate, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -50,7 +48,7 @@ def check_coactivation(problem: PlacementProblem, certificate: Certificate) -> f
                 weight[one, two] += times
                 weight[two, one] += times
         if pairs is not None and diagonal is not None:
-            shared = _together(weight, pairs[layer], diagonal[layer], problem) / 2
+            shared = most_together(weight, pairs[layer], diagonal[layer], problem) / 2
         else:
             shared = _copies(weight, problem) / 2
         total += _layer(Counter(map(len, tokens)), shared, float(slope[layer]), problem.slots_per_rank)
@@ -70,24 +68,6 @@ def _splits(size: int, largest: int) -> list[tuple[int, ...]]:
     if size == 0:
         return [()]
     return [(part, *rest) for part in range(min(size, largest), 0, -1) for rest in _splits(size - part, part)]
-
-
-def _together(weight: np.ndarray, pairs: np.ndarray, diagonal: np.ndarray, problem: PlacementProblem) -> float:
-    """Return the bound on pair weight within ranks at symmetric multipliers, eigenvalue errors added."""
-    size, per_rank, ranks = len(weight), problem.slots_per_rank, problem.num_ranks
-    pairs = (pairs + pairs.T) / 2
-    counted = 0.0
-    for row in range(size):
-        others = np.sort(np.delete(pairs[row], row))
-        counted += float(others[len(others) - (per_rank - 1):].sum())
-    matrix = weight - pairs
-    np.fill_diagonal(matrix, diagonal)
-    basis = np.linalg.qr(np.column_stack([np.ones(size), np.eye(size)[:, 1:]]))[0][:, 1:]
-    inner = basis.T @ matrix @ basis
-    values = eigh((inner + inner.T) / 2, eigvals_only=True)
-    across = float(np.sort(values)[size - ranks:].sum())  # the largest ranks - 1 of size - 1
-    error = 16 * size * ranks * _EPS * (float(np.linalg.norm(matrix)) + float(np.abs(pairs).sum()) / size)
-    return counted + per_rank * (float(matrix.sum()) / size + across + error) - float(diagonal.sum())
 
 
 def _copies(weight: np.ndarray, problem: PlacementProblem) -> float:

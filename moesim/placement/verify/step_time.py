@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import eigh
 
 from moesim.errors import CheckError
 from moesim.placement.certificate import Certificate
 from moesim.placement.problem import PlacementProblem
+from moesim.placement.verify.colocation import most_together
 
-_EPS = 2.0**-52
 _NS = float(10**9)  # this file converts by itself, as it shares nothing with what it checks
 _KERNEL_FORMS, _TRAFFIC_FORMS = 4, 4
 
@@ -49,7 +48,7 @@ def check_colocation(problem: PlacementProblem, certificate: Certificate) -> flo
         found = one.floor()
         if single:
             constant, matrix = one.assemble({name: array[:, layer] for name, array in choice.items()})
-            found = max(found, constant - _most(-matrix, pairs[layer], diagonal[layer], problem))
+            found = max(found, constant - most_together(-matrix, pairs[layer], diagonal[layer], problem))
         total += found
     return total / problem.steps.num_steps * (1 - 2.0**-40)
 
@@ -219,24 +218,6 @@ class _Layer:
                 uses[zone, index] += 1
                 matrix[np.ix_(index, index)] -= scale / 2
         return float(uses.sum() - uses.max(axis=0).sum()) * scale
-
-
-def _most(weight: np.ndarray, pairs: np.ndarray, diagonal: np.ndarray, problem: PlacementProblem) -> float:
-    """Return an upper bound on ``sum_(i != j) weight U`` over divisions into ranks, eigenvalue errors added."""
-    size, per_rank, ranks = len(weight), problem.slots_per_rank, problem.num_ranks
-    pairs = (pairs + pairs.T) / 2
-    counted = 0.0
-    for row in range(size):
-        others = np.sort(np.delete(pairs[row], row))
-        counted += float(others[len(others) - (per_rank - 1):].sum())
-    matrix = weight - pairs
-    np.fill_diagonal(matrix, diagonal)
-    basis = np.linalg.qr(np.column_stack([np.ones(size), np.eye(size)[:, 1:]]))[0][:, 1:]
-    inner = basis.T @ matrix @ basis
-    values = eigh((inner + inner.T) / 2, eigvals_only=True)
-    across = float(np.sort(values)[size - ranks:].sum())  # the largest ranks - 1 of size - 1
-    error = 16 * size * ranks * _EPS * (float(np.linalg.norm(matrix)) + float(np.abs(pairs).sum()) / size)
-    return counted + per_rank * (float(matrix.sum()) / size + across + error) - float(diagonal.sum())
 
 
 CHECKS: dict[str, Callable[[PlacementProblem, Certificate], float]] = {"co-location": check_colocation}
