@@ -57,7 +57,7 @@ def test_clusters_are_those_of_enumeration(backend: str, variant: str, experts: 
         for tolerance in (0.0, 0.025):
             task = ClusterTask(zipf(experts, seed), count, least, most, variant)
             best = min(task.value(one) for one in all_clusters(experts, count, least, most))
-            found = solve_clusters(task, backend=backend, limit_s=10, seed=seed, tolerance=tolerance)
+            found = solve_clusters(task, backend=backend, limit_s=120, seed=seed, tolerance=tolerance)  # pauses happen
             assert found.objective == task.value(found.cluster)
             assert best - 1e-3 <= found.objective <= best / (1 - tolerance) + 1e-3
             assert found.bound <= best + 1e-3
