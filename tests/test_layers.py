@@ -22,7 +22,7 @@ ORDER = (
     "errors", "units", "artifacts", "registry", "model", "traces", "hardware", "calibrate", "placement",
     "cache", "lowering", "simulate", "validate", "export", "report", "scenario", "cli")
 HEAVY = ("torch", "transformers", "matplotlib", "numba")
-KERNELS = "placement/kernels/"  # compiled loops import numba at the top, and are imported inside functions only
+KERNELS = "/kernels/"  # compiled loops import numba at the top, and are imported inside functions only
 MAX_CODE_LINES, MAX_FILE_LINES = 40, 400
 UNIT_LITERALS = {"1e9", "1e-9", "1e6", "1e-6", "1_000_000_000", "1000000000"}
 
