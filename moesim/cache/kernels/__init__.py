@@ -1,0 +1,1 @@
+"""Compiled loops of `moesim.cache` (numba); imported inside functions only."""

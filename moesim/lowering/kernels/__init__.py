@@ -1,0 +1,1 @@
+"""Compiled loops of `moesim.lowering` (numba); imported inside functions only."""

@@ -1,0 +1,1 @@
+"""Compiled loops of `moesim.simulate` (numba); imported inside functions only."""

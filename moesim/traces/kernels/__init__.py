@@ -1,0 +1,1 @@
+"""Compiled loops of `moesim.traces` (numba); imported inside functions only."""
