@@ -243,7 +243,7 @@ class OffloadProgram:
         """
         key = self._key(at.layer, expert)
         self.transfers.forget(key)
-        if self._on_cpu(at, expert):
+        if self.on_cpu(int(at.counts[expert])):
             self._compute_on_cpu(at, expert)
             if self.policy.admit:
                 self._admit(at, expert, wanted)
@@ -256,10 +256,10 @@ class OffloadProgram:
         self.cache_counts["loads"][at.layer] += 1
         self._compute(at, expert, slot, [at.router, arrival])
 
-    def _on_cpu(self, at: _Layer, expert: int) -> bool:
+    def on_cpu(self, tokens: int) -> bool:
+        """Return whether a missing expert of so many rows is computed on the CPU."""
         if self.policy.miss != "faster":
             return self.policy.miss == "cpu"
-        tokens = int(at.counts[expert])
         work = experts_work(self.model, tokens, 1, tokens)
         load_s = self.transfers.seconds() + self.cost.grouped_ffn(self.machine.device, work).seconds
         return self.cost.grouped_ffn(self.machine.cpu, work).seconds < load_s

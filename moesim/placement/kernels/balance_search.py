@@ -11,6 +11,9 @@ import numpy as np
 
 from moesim.placement.kernels.balance import build, recount, sum_of_maxima, swap
 
+_STRIDE = 4  # of the changes of copies, a random one in so many is tried
+_WINDOW = 40  # lighter slots against which one of a busy rank is tried
+
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _random(state):  # type: ignore[no-untyped-def]
@@ -146,6 +149,8 @@ def tabu(load, slots, num_ranks, target, rounds, tenure, recounts, seed):  # typ
     size = len(slots) // num_ranks
     slot_until, expert_until = np.zeros(len(slots), np.int64), np.zeros(len(load), np.int64)
     share = load / copies
+    order, place = np.argsort(-share[slots]), np.empty(len(slots), np.int64)
+    place[order] = np.arange(len(slots))
     value = best = _total_over(rank_load, target)
     best_slots = slots.copy()
     for step in range(rounds):
@@ -155,19 +160,22 @@ def tabu(load, slots, num_ranks, target, rounds, tenure, recounts, seed):  # typ
         until = step + 1 + int(_random(state) * tenure)
         if _random(state) < recounts:
             change, i, b = _best_recount(p, size, load, slots, copies, rank_load, held, head, after, target,
-                                         expert_until, step, best - value)
+                                         expert_until, step, best - value, int(_random(state) * _STRIDE))
             if i < 0:
                 continue
             a = slots[i]
             expert_until[a], expert_until[b] = until, until + 1
             share[a], share[b] = load[a] / (copies[a] - 1), load[b] / (copies[b] + 1)
             recount(i, b, size, load, slots, copies, rank_load, held, head, after, before)
+            _sort_again(order, place, share, slots)
         else:
             change, i, j = _best_swap(p, size, share, slots, rank_load, held, target, slot_until, step,
-                                      best - value)
+                                      best - value, order, place)
             if i < 0:
                 continue
             swap(i, j, size, load, slots, copies, rank_load, held, head, after, before)
+            order[place[i]], order[place[j]] = j, i
+            place[i], place[j] = place[j], place[i]
             slot_until[i], slot_until[j] = until, step + 1 + int(_random(state) * tenure)
         value += change
         if value < best:
@@ -179,39 +187,58 @@ def tabu(load, slots, num_ranks, target, rounds, tenure, recounts, seed):  # typ
 
 @numba.njit(cache=True, nogil=True)
 def _overloaded(rank_load, target, state):  # type: ignore[no-untyped-def]
-    """Return a random rank above the target, -1 if there is none."""
-    count, chosen = 0, -1
-    for r in range(len(rank_load)):
+    """Return a rank above the target, the first from a random one on; -1 if there is none."""
+    ranks = len(rank_load)
+    first = int(_random(state) * ranks)
+    for r in range(first, ranks):
         if rank_load[r] > target:
-            count += 1
-            if _random(state) * count < 1.0:
-                chosen = r
-    return chosen
+            return r
+    for r in range(first):
+        if rank_load[r] > target:
+            return r
+    return -1
 
 
 @numba.njit(cache=True, nogil=True)
-def _best_swap(p, size, share, slots, rank_load, held, target, until, step, aspire):  # type: ignore[no-untyped-def]
-    """Return the change of the excess, and the slots, of rank p's best swap that is free or beats `aspire`."""
+def _sort_again(order, place, share, slots):  # type: ignore[no-untyped-def]
+    """Bring the slots, almost in falling order of their share, back into it."""
+    for k in range(1, len(order)):
+        slot, own = order[k], share[slots[order[k]]]
+        while k > 0 and share[slots[order[k - 1]]] < own:
+            order[k] = order[k - 1]
+            place[order[k]] = k
+            k -= 1
+        order[k] = slot
+        place[slot] = k
+
+
+@numba.njit(cache=True, nogil=True)
+def _best_swap(p, size, share, slots, rank_load, held, target, until, step, aspire, order,  # type: ignore[no-untyped-def]
+               place):
+    """Return the change of the excess, and the slots, of rank p's best swap that is free or beats `aspire`.
+
+    Each slot of p is tried against the `_WINDOW` next lighter ones (`order`): a rank near its target needs a small change.
+    """
     found, best_i, best_j = np.inf, -1, -1
     own = _over(rank_load[p], target)
     for i in range(p * size, (p + 1) * size):
         a = slots[i]
-        for q in range(len(rank_load)):
-            if q == p or held[q, a]:
+        for k in range(place[i] + 1, min(place[i] + 1 + _WINDOW, len(order))):
+            j = order[k]
+            q = j // size
+            d = share[a] - share[slots[j]]
+            change = (_over(rank_load[p] - d, target) + _over(rank_load[q] + d, target) - own
+                      - _over(rank_load[q], target))
+            if change >= found or q == p or held[q, a] or held[p, slots[j]]:
                 continue
-            both = own + _over(rank_load[q], target)
-            for j in range(q * size, (q + 1) * size):
-                d = share[a] - share[slots[j]]
-                change = _over(rank_load[p] - d, target) + _over(rank_load[q] + d, target) - both
-                free = (until[i] <= step and until[j] <= step) or change < aspire
-                if change < found and free and not held[p, slots[j]]:
-                    found, best_i, best_j = change, i, j
+            if (until[i] <= step and until[j] <= step) or change < aspire:
+                found, best_i, best_j = change, i, j
     return found, best_i, best_j
 
 
 @numba.njit(cache=True, nogil=True)
 def _best_recount(p, size, load, slots, copies, rank_load, held, head, after, target, until, step,  # type: ignore[no-untyped-def]
-                  aspire):
+                  aspire, skip):
     """Return the change, the slot and its new expert of rank p's best change of copies.
 
     Either a slot of p, a copy of an expert that has others, goes to another expert, or an expert of p gets a copy
@@ -220,9 +247,9 @@ def _best_recount(p, size, load, slots, copies, rank_load, held, head, after, ta
     found, best_s, best_b = np.inf, -1, -1
     for s in range(len(slots)):
         a, r = slots[s], s // size
-        if copies[a] < 2:
+        if copies[a] < 2 or (r != p and s % _STRIDE != skip):
             continue
-        for k in range(len(load) if r == p else size):
+        for k in range(skip, len(load), _STRIDE) if r == p else range(size):
             b = k if r == p else slots[p * size + k]
             if held[r, b]:
                 continue

@@ -27,9 +27,9 @@ SPLITS = ("even", "optimal")
 _POWERS = tuple(0.8 + 0.05 * k for k in range(11))  # copies go to the largest load^power / copies
 _CLOSE = 0.5  # the search aims at this part of `gap` above the bound
 _SHARE = 0.85  # of the time limit: the rest is for the end of a stage, and for scoring
-_AIM, _STEP = 0.9, 0.85  # of `gap`; of the distance to the bound: what a tabu search aims at
-_ROUNDS, _FAILURES = 1000, 4  # of one tabu search, about 4 ms; searches without gain before a restart
-_TENURE, _RECOUNTS = 10, 0.02
+_AIM, _STEP = 0.9, 0.92  # of `gap`; of the distance to the bound: what a tabu search aims at
+_ROUNDS, _FAILURES = 500, 4  # of one tabu search, about 1 ms; searches without gain before a restart
+_TENURE, _RECOUNTS = 5, 0.02
 _FAR = 1.01  # times the bound: further off, other numbers of copies are a better start
 _HOT, _ANNEAL = 0.08, 800  # of the bound; moves per slot
 _TRIES, _STEP_WORK = 2000, 100_000_000  # moves of one descent over steps, at most 0.3 s
@@ -80,7 +80,7 @@ def balance(problem: PlacementProblem, *, seed: int, time_limit_s: float, over: 
             load of each step, which is what a run of the steps waits for.
         split: ``even``, or ``optimal``: shares of replicas that minimise the largest rank load of each layer.
         gap: relative distance to the bound at which a layer is good enough; 0 searches on.
-        rounds: tabu rounds per layer at most, 1000 to a search (about 4 ms with 384 slots); fewer: step 1 alone.
+        rounds: tabu rounds per layer at most, 500 to a search (about 1 ms with 384 slots); fewer: step 1 alone.
         threads: layers searched at a time.
         starts: plans to start from.
         progress: told of every layer.
