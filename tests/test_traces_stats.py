@@ -73,7 +73,7 @@ def test_counting_in_chunks_changes_nothing(monkeypatch):
     """The chunk size is only a memory limit."""
     trace = synthetic_trace(200, 3, 16, 4, 5, seed=2)
     whole = transition_counts(trace)
-    monkeypatch.setattr("moesim.traces.stats._CHUNK_PAIRS", 64)
+    monkeypatch.setattr("moesim.traces.reductions_numpy._CHUNK_PAIRS", 64)
     np.testing.assert_array_equal(transition_counts(trace), whole)
     assert whole.sum() == 200 * 2 * 4 * 4
 

@@ -3,55 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from moesim.errors import InputError
+from moesim.traces import reductions_numpy
+from moesim.traces.facts import Facts, gather, in_request_order
+from moesim.traces.facts_stream import stream_facts
+from moesim.traces.reductions import co_activation, is_large, load_counts, reduce_trace, transition_counts
 from moesim.traces.split import select_phase, shuffle_tokens
+from moesim.traces.store import read_trace, trace_info
 from moesim.traces.trace import RoutingTrace
 
-_CHUNK_PAIRS = 1 << 23
-_OVERLAP_ROWS = 4096
+__all__ = [
+    "TraceStats", "co_activation", "file_stats", "load_counts", "lru_hit_rate", "mutual_information_bits",
+    "token_overlap", "trace_stats", "transition_counts",
+]
+
+IN_MEMORY_SELECTIONS = 1 << 25
+"""Selections up to which `file_stats` reads a file whole (64 MiB of ids); above, it streams."""
+_LRU_EFFORT = 4  # stack distances cost numpy so many times what other counts cost
 _TIE = 1e-6
-
-
-def load_counts(trace: RoutingTrace) -> np.ndarray:
-    """Return int64[layer, expert]: tokens routed to each expert (padding not counted)."""
-    layers, experts = trace.num_layers, trace.num_experts
-    cell = trace.expert_ids.astype(np.int64) + experts * np.arange(layers)[:, None]
-    counts = np.bincount(cell[trace.expert_ids >= 0], minlength=layers * experts)
-    return counts.reshape(layers, experts)
-
-
-def _pair_counts(first: np.ndarray, second: np.ndarray, num_experts: int) -> np.ndarray:
-    """Return int64[expert, expert] over ids [token, k]: tokens with i in `first` and j in `second`."""
-    counts = np.zeros(num_experts * num_experts, dtype=np.int64)
-    rows = max(1, _CHUNK_PAIRS // (first.shape[1] * second.shape[1]))
-    for start in range(0, len(first), rows):
-        i = first[start:start + rows, :, None].astype(np.int64)
-        j = second[start:start + rows, None, :]
-        cell = (i * num_experts + j)[(i >= 0) & (j >= 0)]
-        counts += np.bincount(cell, minlength=len(counts))
-    return counts.reshape(num_experts, num_experts)
-
-
-def transition_counts(trace: RoutingTrace) -> np.ndarray:
-    """Return int64[layer - 1, expert, expert]: tokens with expert i in layer l and j in layer l + 1."""
-    ids, experts = trace.expert_ids, trace.num_experts
-    pairs = [_pair_counts(ids[:, layer], ids[:, layer + 1], experts) for layer in range(trace.num_layers - 1)]
-    return np.array(pairs, dtype=np.int64).reshape(trace.num_layers - 1, experts, experts)
-
-
-def co_activation(trace: RoutingTrace) -> np.ndarray:
-    """Return int64[layer, expert, expert]: tokens with both i and j in one layer; symmetric.
-
-    The diagonal (i with itself) is the expert load.
-    """
-    ids = trace.expert_ids
-    return np.array([_pair_counts(ids[:, layer], ids[:, layer], trace.num_experts)
-                     for layer in range(trace.num_layers)], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -135,22 +110,48 @@ def trace_stats(trace: RoutingTrace, *, seed: int, phase: str = "all", max_token
     Raises:
         InputError: an unknown or absent phase, or `max_tokens` below 1.
     """
+    _check_max_tokens(max_tokens)
+    trace = select_phase(trace, phase)
+    facts = (stream_facts if is_large(trace.expert_ids.size) else gather)(trace, seed, max_tokens)
+    return _stats(facts, seed, phase)
+
+
+def file_stats(path: str | os.PathLike[str], *, seed: int, phase: str = "all", max_tokens: int = 4096) -> TraceStats:
+    """Return `trace_stats` of a trace file or ``builtin:NAME``; a large file is streamed (`stream_facts`).
+
+    The same numbers either way, and the digest is verified.
+
+    Raises:
+        InputError: as `trace_stats` and `moesim.traces.store.read_trace`, or a scratch file that cannot be written.
+    """
+    _check_max_tokens(max_tokens)
+    info = trace_info(path)
+    if info["num_tokens"] * info["num_layers"] * info["top_k"] <= IN_MEMORY_SELECTIONS:
+        return trace_stats(read_trace(path), seed=seed, phase=phase, max_tokens=max_tokens)
+    return _stats(stream_facts(path, seed, max_tokens, phase=phase, verify=True), seed, phase)
+
+
+def _check_max_tokens(max_tokens: int) -> None:
     if max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
-    trace = select_phase(trace, phase)
-    load = load_counts(trace)
-    information, shuffled_information = _information(trace, seed)
-    recall, popularity_recall = _recall(trace, seed, max_tokens)
-    sample = _sample(trace, seed, max_tokens)
+
+
+def _stats(facts: Facts, seed: int, phase: str) -> TraceStats:
+    """Return the statistics of what was gathered of a phase."""
+    load, sample = facts.load, facts.sample
+    recall, popularity_recall = _recall(facts)
     mixed = shuffle_tokens(sample, seed)
+    # The plug-in estimate is biased upwards by about (E - 1)^2 / (2 N ln 2) bits (Miller 1955); picks of one token
+    # are not independent, so that the bias is measured by shuffling instead of computed.
     return TraceStats(
-        phase=phase, seed=seed, num_tokens=trace.num_tokens, num_requests=len(trace.requests()),
+        phase=phase, seed=seed, num_tokens=facts.num_tokens, num_requests=facts.num_requests,
         num_sampled_tokens=sample.num_tokens, expert_load=load,
         load_max_over_mean=load.max(axis=1) / np.maximum(load.mean(axis=1), np.finfo(float).tiny),
-        mutual_information_bits=information, mutual_information_shuffled_bits=shuffled_information,
+        mutual_information_bits=_information(facts.transitions),
+        mutual_information_shuffled_bits=_information(facts.shuffled),
         recall_at_k=recall, popularity_recall_at_k=popularity_recall,
         token_overlap=token_overlap(sample), token_overlap_shuffled=token_overlap(mixed),
-        lru_sizes=np.arange(trace.top_k, trace.num_experts + 1), lru_hit_rate=lru_hit_rate(sample),
+        lru_sizes=np.arange(sample.top_k, sample.num_experts + 1), lru_hit_rate=lru_hit_rate(sample),
         lru_hit_rate_shuffled=lru_hit_rate(mixed))
 
 
@@ -165,64 +166,24 @@ def mutual_information_bits(joint: np.ndarray) -> float:
     return float(np.sum(share[seen] * np.log2(share[seen] / independent[seen])))
 
 
-def _information(trace: RoutingTrace, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the raw and the shuffled mutual information, float64[pair] each.
-
-    The plug-in estimate is biased upwards by about (E - 1)^2 / (2 N ln 2) bits (Miller 1955); picks of
-    one token are not independent, so that the bias is measured by shuffling instead of computed.
-    """
-    raw = [mutual_information_bits(joint) for joint in transition_counts(trace)]
-    rng = np.random.default_rng(seed)
-    ids = trace.expert_ids
-    shuffled = [mutual_information_bits(_pair_counts(
-        ids[:, layer], ids[rng.permutation(len(ids)), layer + 1], trace.num_experts))
-        for layer in range(trace.num_layers - 1)]
-    return np.array(raw), np.array(shuffled)
+def _information(tables: np.ndarray) -> np.ndarray:
+    return np.array([mutual_information_bits(joint) for joint in tables])
 
 
-def _in_request_order(trace: RoutingTrace) -> RoutingTrace:
-    """Return `trace` with the rows of each request adjoining, requests in order of appearance."""
-    _, first, inverse = np.unique(trace.request_id, return_index=True, return_inverse=True)
-    return trace.take(np.argsort(first[inverse], kind="stable"))
-
-
-def _sample(trace: RoutingTrace, seed: int, max_tokens: int) -> RoutingTrace:
-    """Return at most `max_tokens` tokens: requests in random order, the last one cut."""
-    if trace.num_tokens <= max_tokens:
-        return _in_request_order(trace)
-    order = np.random.default_rng(seed).permutation(trace.requests())
-    place = np.empty(len(order), dtype=np.int64)
-    place[np.argsort(order)] = np.arange(len(order))
-    _, inverse = np.unique(trace.request_id, return_inverse=True)
-    return trace.take(np.argsort(place[inverse], kind="stable")[:max_tokens])
-
-
-def _halves(trace: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace] | None:
-    """Return the first and the second half by request, or of the one request; None for a single token."""
-    requests = trace.requests()
-    if len(requests) > 1:
-        first = np.isin(trace.request_id, requests[:len(requests) // 2])
-    else:
-        first = np.arange(trace.num_tokens) < trace.num_tokens // 2
-    return (trace.take(first), trace.take(~first)) if first.any() else None
-
-
-def _recall(trace: RoutingTrace, seed: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _recall(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
     """Return float64[pair] recall at k of the transition tables and of popularity."""
-    halves = _halves(trace)
-    if halves is None:
-        return (np.full(trace.num_layers - 1, np.nan),) * 2
-    popularity = load_counts(halves[0])[1:] / halves[0].num_tokens
-    counts = transition_counts(halves[0])
+    training, test = facts.training, facts.test
+    if training is None or test is None:
+        return (np.full(len(facts.transitions), np.nan),) * 2
+    popularity, counts = training.load[1:] / training.num_tokens, training.transitions
     table = counts / np.maximum(counts.sum(axis=2, keepdims=True), 1)
-    test = _sample(halves[1], seed, max_tokens)
-    hot = _one_hot(test.expert_ids, trace.num_experts)
-    found = np.zeros((2, trace.num_layers - 1))
+    hot = _one_hot(test.expert_ids, test.num_experts)
+    found = np.zeros((2, test.num_layers - 1))
     for layer, share in enumerate(popularity):
         # the popularity term only breaks ties, such as those of experts never seen in training
         score = hot[:, layer] @ table[layer] + _TIE * share
         for row, guess in enumerate((score, np.broadcast_to(share, score.shape))):
-            top = np.argsort(-guess, axis=1, kind="stable")[:, :trace.top_k]
+            top = np.argsort(-guess, axis=1, kind="stable")[:, :test.top_k]
             found[row, layer] = np.take_along_axis(hot[:, layer + 1], top, axis=1).sum()
     picks = np.count_nonzero(test.expert_ids >= 0, axis=(0, 2))[1:]
     recall, baseline = found / np.maximum(picks, 1)
@@ -241,15 +202,11 @@ def token_overlap(trace: RoutingTrace) -> np.ndarray:
 
     nan where no request has two tokens.
     """
-    trace = _in_request_order(trace)
-    follows = np.flatnonzero(np.diff(trace.request_id) == 0)
-    ids = trace.expert_ids
-    again, picks = np.zeros(trace.num_layers), np.zeros(trace.num_layers)
-    for start in range(0, len(follows), _OVERLAP_ROWS):
-        rows = follows[start:start + _OVERLAP_ROWS]
-        same = (ids[rows, :, :, None] == ids[rows + 1, :, None, :]) & (ids[rows, :, :, None] >= 0)
-        again += same.sum(axis=(0, 2, 3))
-        picks += (ids[rows] >= 0).sum(axis=(0, 2))
+    if is_large(trace.expert_ids.size):
+        found = reduce_trace(trace, ["lags"], lags=1)
+        again, picks = found.array("lag_again")[0], found.array("lag_picks")[0]
+    else:
+        again, picks = reductions_numpy.overlap(in_request_order(trace))
     with np.errstate(invalid="ignore"):
         return again / picks
 
@@ -262,18 +219,12 @@ def lru_hit_rate(trace: RoutingTrace) -> np.ndarray:
     all sizes: LRU is a stack algorithm (Mattson et al., IBM Systems Journal 1970), so a size-C cache
     holds the C most recent experts, and an expert hits if fewer than C were used since it was.
     """
-    num_experts = trace.num_experts
-    distances = np.zeros(num_experts + 2, dtype=np.int64)  # distance E: never used; E + 1: padding
-    last_use = np.full((trace.num_layers, num_experts + 1), -1, dtype=np.int64)  # last column: padding
-    for token, picks in enumerate(trace.expert_ids.astype(np.int64)):
-        used = np.take_along_axis(last_use, picks, axis=1)
-        distance = (last_use[:, None, :num_experts] > used[:, :, None]).sum(axis=2)
-        distance[used < 0] = num_experts
-        distance[picks < 0] = num_experts + 1
-        distances += np.bincount(distance.ravel(), minlength=num_experts + 2)
-        np.put_along_axis(last_use, picks, token * trace.top_k + np.arange(trace.top_k)[None], axis=1)
-    accesses = max(1, int(distances[:num_experts + 1].sum()))
-    return np.cumsum(distances)[trace.top_k - 1:num_experts] / accesses
+    if is_large(_LRU_EFFORT * trace.expert_ids.size):
+        counts = reduce_trace(trace, ["stack_distances"]).array("stack_distances")
+    else:
+        counts = reductions_numpy.stack_distances(trace)
+    distances = counts.sum(axis=0)
+    return np.cumsum(distances)[trace.top_k - 1:trace.num_experts] / max(1, int(distances.sum()))
 
 
 def _mean(values: np.ndarray) -> float:

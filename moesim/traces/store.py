@@ -33,6 +33,7 @@ PART_FOLDER_SUFFIX = ".parts"
 _KEY = b"moesim"
 _ELEMENT = ".list.element"
 _ZSTD_LEVEL = 6
+_BUFFER_BYTES = 1 << 18
 _PLAIN_COLUMNS = {"request_id": pa.int32(), "position": pa.int32(), "phase": pa.int8(), "step": pa.int32()}
 _FOREIGN = (
     ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
@@ -187,7 +188,7 @@ def resolve_trace(name: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turn what Arrow or RoutingTrace says about a bad file into one InputError that names it."""
     try:
         yield
@@ -264,7 +265,8 @@ def open_trace(path: str | os.PathLike[str]) -> Iterator[tuple[pq.ParquetFile, T
     """Yield the open Parquet file, its header and its JSON; any damage met inside is an InputError."""
     file = resolve_trace(path)
     _check_magic(file)
-    with _reading(file), pq.ParquetFile(file) as parquet:
+    # without pre-buffering and with a small buffer, a reader of batches holds pages, not row groups or the whole file
+    with reading(file), pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
         header, document = read_header(parquet.schema_arrow)
         yield parquet, header, document
 
@@ -309,17 +311,25 @@ def read_trace(path: str | os.PathLike[str]) -> RoutingTrace:
 def iter_trace(path: str | os.PathLike[str], rows: int = 65536) -> Iterator[RoutingTrace]:
     """Yield a trace file in batches of at most `rows` tokens, for files larger than memory.
 
-    Each batch is checked like any RoutingTrace; the digest, which covers the whole file, is not.
-    A batch may end in the middle of a request.
+    The whole file is checked as `read_trace` checks it (positions across batches too), except for the digest. A batch
+    may end in the middle of a request.
 
     Raises:
         InputError: as `read_trace`, but for the digest; or `rows` below 1.
     """
+    from moesim.traces.row_checks import SMALL_COLUMNS, check_ids, check_rows
+
     if rows < 1:
         raise InputError(f"rows must be at least 1, got {rows}")
     with open_trace(path) as (parquet, header, _):
+        check_rows({name: column_values(batch, name) for name in SMALL_COLUMNS}
+                   for batch in parquet.iter_batches(batch_size=rows, columns=list(SMALL_COLUMNS)))
+        start = 0
         for batch in parquet.iter_batches(batch_size=rows):
             if batch.num_rows:
+                ids = np.array(column_values(batch, "expert_ids")).reshape(-1, header.num_layers, header.top_k)
+                check_ids(ids, header.num_experts, start)
+                start += batch.num_rows
                 yield trace_of(batch, header)
 
 
