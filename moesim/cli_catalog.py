@@ -20,6 +20,7 @@ from moesim.cli_common import (
 
 if TYPE_CHECKING:
     from moesim.hardware.spec import HardwareSpec
+    from moesim.model.gguf_spec import ExpertTensors, GgufModel
     from moesim.model.spec import ModelSpec
 
 hardware_app = typer.Typer(help="Machines of the catalog.", no_args_is_help=True)
@@ -30,6 +31,7 @@ MODEL_SIZES = (
     "shared_intermediate_size", "dense_intermediate_size", "vocab_size", "num_groups", "groups_per_token",
     "expert_params", "expert_bytes", "non_expert_bytes", "total_bytes", "total_params", "active_params",
     "kv_bytes_per_token_layer")
+UNUSUAL_SIZES = ("encoder_layers", "expert_hidden_size", "mixer_params", "extra_params")  # shown where they are set
 
 
 @hardware_app.command("list")
@@ -107,22 +109,47 @@ def list_models(json: JsonFlag = False) -> None:
 
 @model_app.command("show")
 def show_model(
-    name: Annotated[str, typer.Argument(help="A name of the catalog, a config.json or its folder.")],
+    name: Annotated[str, typer.Argument(help="A name of the catalog, a config.json or its folder, or a .gguf file.")],
     json: JsonFlag = False,
 ) -> None:
-    """Show a model's sizes, and the bytes and parameters that follow from them."""
+    """Show a model's sizes, and the bytes and parameters that follow from them; of a GGUF file also its types."""
     from moesim.model.catalog import load_model
+    from moesim.model.gguf_spec import read_gguf_model
     from moesim.report.tables import format_value
 
-    spec = load_model(name)
-    sizes = _sizes(spec)
+    stored = read_gguf_model(name) if name.endswith(".gguf") else None
+    spec = load_model(name) if stored is None else stored.spec
+    sizes = _sizes(spec) if stored is None else _sizes(spec) | {"file_bytes": stored.file_bytes}
     if json:
-        emit_json({"name": spec.name, **sizes})
-    else:
-        show_pairs(spec.name, [(key, format_value(key, value)) for key, value in sizes.items()])
+        experts = {} if stored is None else {"experts": [dataclasses.asdict(layer) for layer in stored.experts]}
+        emit_json({"name": spec.name, **sizes, **experts})
+        return
+    show_pairs(spec.name, [(key, format_value(key, value)) for key, value in sizes.items()])
+    if stored is not None:
+        _show_experts(stored)
 
 
 def _sizes(spec: ModelSpec) -> dict[str, Any]:
     sizes = {key: getattr(spec, key) for key in MODEL_SIZES}
-    words = {"attention": spec.attention.kind, "weight_bytes": spec.weight_bytes, "source": spec.source}
-    return sizes | words
+    unusual = {key: getattr(spec, key) for key in UNUSUAL_SIZES if getattr(spec, key)}
+    words = {"attention": spec.attention.kind, "attentions_per_layer": spec.attention.per_layer,
+             "weight_bytes": spec.weight_bytes, "source": spec.source}
+    return sizes | unusual | words
+
+
+def _show_experts(model: GgufModel) -> None:
+    """Print how the file stores its experts, layers that store them alike in one row."""
+    from moesim.units import format_bytes
+
+    table = new_table("Experts as stored", "layers", "types", "one expert>", "bytes>")
+    runs: list[tuple[int, int, ExpertTensors]] = []
+    for layer in model.experts:
+        if runs and (runs[-1][2].types, runs[-1][2].expert_bytes) == (layer.types, layer.expert_bytes):
+            runs[-1] = (runs[-1][0], layer.layer, layer)
+        else:
+            runs.append((layer.layer, layer.layer, layer))
+    for first, last, layer in runs:
+        types = ", ".join(f"{projection} {kind}" for projection, kind in layer.types.items())
+        add_row(table, f"{first} - {last}" if last > first else first, types, format_bytes(layer.expert_bytes),
+                layer.expert_bytes)
+    console().print(table)

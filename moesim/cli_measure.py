@@ -68,7 +68,7 @@ def resized(model: ModelSpec, hidden: int | None, expert_intermediate: int | Non
     if hidden is None or hidden == model.hidden_size:
         return model
     attention = model.attention
-    if attention.kind != "gqa" or hidden % attention.head_dim:
+    if attention.kind != "gqa" or model.mixer_params or hidden % attention.head_dim:
         raise InputError(f"--hidden {hidden}: the attention of {model.name!r} ({attention.kind}, heads of "
                          f"{attention.head_dim}) cannot be made for this hidden size")
     heads = hidden // attention.head_dim

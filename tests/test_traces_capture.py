@@ -18,6 +18,9 @@ from moesim.traces.capture import (  # noqa: E402
     capture_routing,
     read_prompts,
 )
+from moesim.traces.capture_generate import Generation, Settings  # noqa: E402
+from moesim.traces.capture_hooks import PassRouting  # noqa: E402
+from moesim.traces.capture_scores import iter_scores  # noqa: E402
 
 COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
           "num_key_value_heads": 2, "num_experts_per_tok": 2, "bos_token_id": None, "eos_token_id": None}
@@ -101,7 +104,7 @@ def test_logits_are_the_same_with_hooks():
         recorder = RouterRecorder(model)
         with recorder.attached():
             with_hooks = model(input_ids=tokens).logits
-        ids, weights = recorder.take()
+        ids, weights, _ = recorder.take()
     assert torch.equal(without, with_hooks)
     assert ids.shape == weights.shape == (4, 3, 2)
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -258,3 +261,38 @@ def test_bad_prompt_lines_are_located(tmp_path, text, words):
         read_prompts(tmp_path / "p.jsonl")
     assert str(error.value).startswith(str(tmp_path / "p.jsonl"))
     assert words in str(error.value)
+
+
+def test_the_verb_takes_batches_and_scores(tmp_path, folder):
+    """`trace capture` in batches gives the routing of the library call, and writes the scores beside it."""
+    from command_line import call_json
+
+    prompts = str(folder.parent / "prompts.jsonl")
+    facts = call_json("trace", "capture", str(folder), prompts, "--out", str(tmp_path / "a"), "--max-new-tokens", "3",
+                      "--batch-size", "2", "--scores", str(tmp_path / "s"), "--seed", "1")
+    capture_routing(olmoe(), REQUESTS, tmp_path / "b", max_new_tokens=3, seed=1, batch_size=2)
+    assert read_trace(tmp_path / "a").digest() == read_trace(tmp_path / "b").digest()
+    assert (facts["scores"], facts["num_tokens"]) == (str(tmp_path / "s"), 3 * 2 + 9)
+    (rows,) = iter_scores(tmp_path / "s")
+    assert rows.scores.shape == (15, 3, 8)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ({"padding": "middle"}, "padding must be left or right, got 'middle'"),
+    ({"temperature": float("nan")}, "temperature must be finite"),
+])
+def test_bad_settings_are_refused(changes, words):
+    """A wrong setting is an error with its name."""
+    with pytest.raises(InputError, match=words):
+        Settings(**({"max_new_tokens": 2, "seed": 0} | changes))
+
+
+def test_rows_that_cannot_be_told_apart_are_refused():
+    """Experts that are given another number of rows than the pass has tokens raise an error."""
+    model = olmoe()
+    recorder = RouterRecorder(model)
+    generation = Generation(model, recorder, Settings(2, 0))
+    recorder.take = lambda: PassRouting(np.zeros((2, 3, 2), int), None, None)
+    with torch.inference_mode(), pytest.raises(InputError, match="given 2 rows in a pass of 3 tokens"):
+        generation.run([(0, [1, 2, 3])])

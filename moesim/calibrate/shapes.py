@@ -18,4 +18,4 @@ def router_shape(model: ModelSpec) -> str:
 
 def expert_shape(model: ModelSpec) -> str:
     """Return the shape of one routed expert, its weights' width included."""
-    return f"h{model.hidden_size}.ff{model.expert_intermediate_size}.m{model.matrices}.w{model.weight_bytes:g}"
+    return f"h{model.expert_width}.ff{model.expert_intermediate_size}.m{model.matrices}.w{model.weight_bytes:g}"

@@ -56,7 +56,7 @@ def head_work(model: ModelSpec, tokens: int) -> DenseWork:
 
 def experts_work(model: ModelSpec, tokens: int, groups: int, largest_group: int) -> GroupedWork:
     """The routed experts of one rank: `tokens` rows over `groups` experts, the fullest has `largest_group`."""
-    per_token = 2 * (model.hidden_size + model.expert_intermediate_size) * model.activation_bytes
+    per_token = 2 * (model.expert_width + model.expert_intermediate_size) * model.activation_bytes
     return GroupedWork(
         expert_shape(model),
         tokens,

@@ -14,6 +14,7 @@ from moesim.artifacts import catalog_folder, read_bytes
 from moesim.errors import InputError, did_you_mean, unknown
 from moesim.model.config import read_config, spec_from_config
 from moesim.model.config_keys import CONFIG_KEYS
+from moesim.model.gguf_spec import read_gguf_spec
 from moesim.model.spec import ModelSpec
 
 _TEXT_KEYS = ("name", "repository", "reference", "paper", "published_reference")
@@ -49,7 +50,7 @@ def model_names() -> list[str]:
 
 
 def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
-    """Return a model by its catalog name, or from a config.json, a folder with one, or a model YAML file.
+    """Return a model by its catalog name, or from a config.json, a folder with one, a GGUF or a model YAML file.
 
     Raises:
         InputError: an unknown name (with the closest known one), or a file that cannot be read as a model.
@@ -60,6 +61,8 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return _spec_from_file(path)
+    if path.suffix == ".gguf":
+        return read_gguf_spec(path)
     if path.suffix == ".json" or len(path.parts) > 1 or (name and path.is_dir()):
         return read_config(path)
     raise unknown("model", name, model_names())

@@ -10,121 +10,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moesim.artifacts import read_bytes
 from moesim.errors import InputError, did_you_mean
 from moesim.model.config_keys import (
+    CONFIG_KEYS,
     DTYPE_KEYS,
     EXPERT_KEYS,
+    GROUP_KEYS,
     HIDDEN_KEYS,
-    LAYER_KEYS,
+    NESTED_KEYS,
     OUTER_KEYS,
     SHARED_COUNT_KEYS,
     TOP_K_KEYS,
     ConfigReader,
 )
-from moesim.model.spec import AttentionSpec, ModelSpec
+from moesim.model.config_layers import Stack
+from moesim.model.config_quantization import quantized
+from moesim.model.families import FAMILIES, Family
+from moesim.model.spec import ModelSpec
 
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-FP8_BYTES = 1.0
-MXFP4_BYTES = 4.25 / 8  # 4-bit values and one 8-bit scale per 32 of them
-
-
-def _every_layer(reader: ConfigReader, num_layers: int) -> list[int]:
-    return list(range(num_layers))
-
-
-def _sparse_step(reader: ConfigReader, num_layers: int) -> list[int]:
-    step = reader.whole("decoder_sparse_step", default=1)
-    dense = reader.layer_ids("mlp_only_layers", num_layers)
-    return [i for i in range(num_layers) if i not in dense and (i + 1) % step == 0]
-
-
-def _layer_freq(reader: ConfigReader, num_layers: int) -> list[int]:
-    if isinstance(reader.config.get("moe_layer_freq"), list):
-        flags = reader.flags("moe_layer_freq", num_layers)
-        return [i for i in range(num_layers) if flags[i]]
-    return list(range(0, num_layers, reader.whole("moe_layer_freq", default=1)))
-
-
-def _first_dense(reader: ConfigReader, num_layers: int) -> list[int]:
-    first = reader.whole("first_k_dense_replace", minimum=0)
-    return [i for i in _layer_freq(reader, num_layers) if i >= first]
-
-
-def _interleaved(reader: ConfigReader, num_layers: int) -> list[int]:
-    listed = reader.layer_ids("moe_layers", num_layers)
-    step = reader.whole("interleave_moe_layer_step", default=0 if listed else None)
-    return sorted(listed) or list(range(step - 1, num_layers, step))
-
-
-def _no_shared(reader: ConfigReader, width: int) -> int:
-    return 0
-
-
-def _shared_count(reader: ConfigReader, width: int) -> int:
-    return width * reader.whole(*SHARED_COUNT_KEYS, default=0, minimum=0)
-
-
-def _shared_width(reader: ConfigReader, width: int) -> int:
-    return reader.whole("shared_expert_intermediate_size", default=0, minimum=0)
-
-
-def _one_shared(reader: ConfigReader, width: int) -> int:
-    return width
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one architecture writes its config: which layers are MoE, shared experts, attention, widths."""
-
-    layers: Callable[[ConfigReader, int], list[int]] = _every_layer
-    shared: Callable[[ConfigReader, int], int] = _no_shared
-    mla: bool = False
-    expert_width: str = "moe_intermediate_size"
-    dense_width: str = "intermediate_size"
-    expert_bias: bool = False
-
-
-_MIXTRAL = Family(expert_width="intermediate_size")
-_DEEPSEEK = Family(layers=_first_dense, shared=_shared_count, mla=True)
-_DENSE_FIRST = Family(layers=_first_dense, shared=_shared_count)
-_LLADA_MOE = Family(
-    layers=_layer_freq,
-    shared=_shared_width,
-    expert_width="expert_intermediate_size",
-    dense_width="dense_intermediate_size",
-)
-_LLAMA4 = Family(
-    layers=_interleaved,
-    shared=_one_shared,
-    expert_width="intermediate_size",
-    dense_width="intermediate_size_mlp",
-)
-
-FAMILIES: dict[str, Family] = {
-    "mixtral": _MIXTRAL,
-    "phimoe": _MIXTRAL,
-    "olmoe": _MIXTRAL,
-    "gpt_oss": Family(expert_width="intermediate_size", expert_bias=True),
-    "qwen2_moe": Family(layers=_sparse_step, shared=_shared_width),
-    "qwen3_moe": Family(layers=_sparse_step),
-    "deepseek": _DENSE_FIRST,
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-    "kimi_k2": _DEEPSEEK,
-    "glm4_moe": _DENSE_FIRST,
-    "bailing_moe_v2": _DENSE_FIRST,
-    "llada2_moe": _DENSE_FIRST,
-    "llada": _LLADA_MOE,
-    "llada_moe": _LLADA_MOE,
-    "llama4": _LLAMA4,
-    "llama4_text": _LLAMA4,
-}
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelSpec:
@@ -163,53 +72,78 @@ def spec_from_config(config: dict[str, Any], name: str, *, source: str = "") -> 
         InputError: not a MoE, an unknown ``model_type`` or quantization, a missing or malformed key.
     """
     reader = ConfigReader(_decoder_part(config), source or f"config of {name!r}")
-    num_experts = _num_experts(reader)  # first, so that a dense model is told that it is one
-    return _quantized(reader, _plain_spec(reader, _family(reader), num_experts, name, source))
+    if not reader.present(EXPERT_KEYS):  # first, so that a dense model is told that it is one
+        tried = ", ".join(EXPERT_KEYS)
+        raise reader.error(f"this is no Mixture-of-Experts config: no number of experts; keys tried: {tried}")
+    family = _family(reader)
+    if family.layer_lists:
+        reader = _first_of_lists(reader)
+    return quantized(reader, _plain_spec(reader, family, reader.whole(*EXPERT_KEYS), name, source))
 
 
 def _plain_spec(reader: ConfigReader, family: Family, num_experts: int, name: str, source: str) -> ModelSpec:
-    num_layers = reader.whole(*LAYER_KEYS)
-    moe_layers = _moe_layers(reader, family, num_layers)
-    width = reader.whole(family.expert_width)
+    stack = family.stack(reader)
+    moe_layers = _moe_layers(reader, family, stack)
+    width = reader.whole(*family.expert_width)
     num_groups, groups_per_token = _groups(reader)
     dtype_bytes = _dtype_bytes(reader)
-    has_dense = len(moe_layers) < num_layers
+    has_dense = len(moe_layers) < stack[0] and family.dense_width
+    attention = family.attention(reader)
+    mixers = family.mixers(reader, attention, stack)
+    if mixers is not None:
+        kind = attention.kind if mixers.per_layer == 1 else "mixed"
+        attention = replace(attention, kind=kind, per_layer=mixers.per_layer)
     return ModelSpec(
         name=name,
-        num_layers=num_layers,
+        num_layers=stack[0],
         moe_layers=tuple(moe_layers),
         num_experts=num_experts,
-        top_k=reader.whole(*TOP_K_KEYS),
+        top_k=reader.whole(*TOP_K_KEYS, default=family.top_k),
         hidden_size=reader.whole(*HIDDEN_KEYS),
         expert_intermediate_size=width,
-        attention=_attention(reader, family),
+        attention=attention,
         vocab_size=reader.whole("vocab_size"),
         shared_intermediate_size=family.shared(reader, width),
-        dense_intermediate_size=reader.whole(family.dense_width) if has_dense else 0,
+        dense_intermediate_size=reader.whole(*family.dense_width) if has_dense else 0,
         num_groups=num_groups,
         groups_per_token=groups_per_token,
-        tied_embeddings=_tied(reader),
+        gated=family.gated,
+        tied_embeddings=_tied(reader, family),
         weight_bytes=dtype_bytes,
         other_weight_bytes=dtype_bytes,
         activation_bytes=dtype_bytes,
         expert_bias=family.expert_bias,
+        mixer_params=mixers.num_params if mixers is not None else 0,
+        extra_params=family.extra(reader, stack, len(moe_layers)),
+        expert_hidden_size=reader.whole("routed_expert_hidden_size", "moe_latent_size", default=0),
+        encoder_layers=stack[1],
         source=source,
     )
 
 
 def _decoder_part(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the language model: a nested `text_config`, and DBRX's parts, brought to the top."""
     inner = config.get("text_config")
-    if not isinstance(inner, dict):
-        return config
-    outer = {key: config[key] for key in OUTER_KEYS if key in config and inner.get(key) is None}
-    return {**inner, **outer}
+    if isinstance(inner, dict):
+        outer = {key: config[key] for key in OUTER_KEYS if key in config and inner.get(key) is None}
+        config = {**inner, **outer}
+    for key in NESTED_KEYS:
+        part = config.get(key)
+        if isinstance(part, dict):
+            config = {**{name: value for name, value in part.items() if name in CONFIG_KEYS}, **config}
+    return config
 
 
-def _num_experts(reader: ConfigReader) -> int:
-    if not reader.present(EXPERT_KEYS):
-        tried = ", ".join(EXPERT_KEYS)
-        raise reader.error(f"this is no Mixture-of-Experts config: no number of experts; keys tried: {tried}")
-    return reader.whole(*EXPERT_KEYS)
+def _first_of_lists(reader: ConfigReader) -> ConfigReader:
+    """Return the config with lists of one size per layer as that size; raises InputError where they differ."""
+    plain = dict(reader.config)
+    for key in (*EXPERT_KEYS, *TOP_K_KEYS, *SHARED_COUNT_KEYS, "moe_intermediate_size"):
+        value = plain.get(key)
+        if isinstance(value, list):
+            if len(set(map(repr, value))) != 1:
+                raise reader.error(f"{key} differs from layer to layer, which moesim cannot count: {value!r}")
+            plain[key] = value[0]
+    return ConfigReader(plain, reader.where)
 
 
 def _family(reader: ConfigReader) -> Family:
@@ -222,19 +156,22 @@ def _family(reader: ConfigReader) -> Family:
     return FAMILIES[str(kind)]
 
 
-def _moe_layers(reader: ConfigReader, family: Family, num_layers: int) -> list[int]:
-    kinds = reader.config.get("mlp_layer_types")
+_DENSE_KINDS, _SPARSE_KINDS = {"dense"}, {"sparse", "moe", "hash_moe"}
+
+
+def _moe_layers(reader: ConfigReader, family: Family, stack: Stack) -> list[int]:
+    kinds, num_layers = reader.config.get("mlp_layer_types"), stack[0]
     if kinds is None:
-        return family.layers(reader, num_layers)
-    good = isinstance(kinds, list) and all(kind in ("dense", "sparse") for kind in kinds)
+        return family.layers(reader, stack)
+    good = isinstance(kinds, list) and all(kind in _DENSE_KINDS | _SPARSE_KINDS for kind in kinds)
     if not good or len(kinds) != num_layers:
         expected = f"'dense' or 'sparse' for each of {num_layers} layers"
         raise reader.error(f"mlp_layer_types must list {expected}, got {kinds!r}")
-    return [i for i, kind in enumerate(kinds) if kind == "sparse"]
+    return [i for i, kind in enumerate(kinds) if kind in _SPARSE_KINDS]
 
 
 def _groups(reader: ConfigReader) -> tuple[int, int]:
-    num_groups = reader.whole("n_group", default=1)
+    num_groups = reader.whole(*GROUP_KEYS, default=1)
     if reader.config.get("topk_method") == "greedy":  # DeepSeek-V2-Lite: any expert may be chosen
         return 1, 1
     chosen = reader.whole("topk_group", default=num_groups)
@@ -243,45 +180,10 @@ def _groups(reader: ConfigReader) -> tuple[int, int]:
     return num_groups, chosen
 
 
-def _attention(reader: ConfigReader, family: Family) -> AttentionSpec:
-    heads = reader.whole("num_attention_heads")
-    if family.mla:
-        return _latent_attention(reader, heads)
-    if "num_key_value_heads" not in reader.config:
-        raise reader.missing(("num_key_value_heads",))
-    kv_heads = reader.whole("num_key_value_heads", default=heads)
-    head_dim = reader.whole("head_dim", default=0) or _split_width(reader, heads)
-    return AttentionSpec(heads, kv_heads, head_dim)
-
-
-def _split_width(reader: ConfigReader, heads: int) -> int:
-    hidden = reader.whole(*HIDDEN_KEYS)
-    if hidden % heads:
-        raise reader.error(f"head_dim is absent and {heads} heads do not divide hidden_size {hidden}")
-    return hidden // heads
-
-
-def _latent_attention(reader: ConfigReader, heads: int) -> AttentionSpec:
-    if "q_lora_rank" not in reader.config:
-        raise reader.missing(("q_lora_rank",))
-    nope, rope = reader.whole("qk_nope_head_dim"), reader.whole("qk_rope_head_dim")
-    return AttentionSpec(
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=nope + rope,  # of queries and keys; configs saved by transformers 5 give the rope part here
-        kind="mla",
-        q_lora_rank=reader.whole("q_lora_rank", default=0, minimum=0),
-        kv_lora_rank=reader.whole("kv_lora_rank"),
-        qk_nope_head_dim=nope,
-        qk_rope_head_dim=rope,
-        v_head_dim=reader.whole("v_head_dim"),
-    )
-
-
-def _tied(reader: ConfigReader) -> bool:
+def _tied(reader: ConfigReader, family: Family) -> bool:
     value = reader.config.get("tie_word_embeddings")
-    if value is None:  # every family's class in transformers has false as its default
-        return False
+    if value is None:
+        return family.tied
     if not isinstance(value, bool):
         raise reader.error(f"tie_word_embeddings must be true or false, got {value!r}")
     return value
@@ -293,20 +195,3 @@ def _dtype_bytes(reader: ConfigReader) -> float:
     if dtype not in DTYPE_BYTES:
         raise reader.error(f"{found[0]} {dtype!r} is unknown.{did_you_mean(dtype, DTYPE_BYTES)}")
     return DTYPE_BYTES[dtype]
-
-
-def _quantized(reader: ConfigReader, spec: ModelSpec) -> ModelSpec:
-    quantization = reader.config.get("quantization_config")
-    if quantization is None:
-        return spec
-    if not isinstance(quantization, dict):
-        raise reader.error(f"quantization_config must be a mapping, got {quantization!r}")
-    method = quantization.get("quant_method")
-    if method == "mxfp4":
-        return spec.replace(weight_bytes=MXFP4_BYTES)
-    if method == "fp8":
-        kept = spec.embedding_params + spec.num_moe_layers * spec.router_params
-        kept_bytes = kept * spec.other_weight_bytes
-        other = (kept_bytes + (spec.non_expert_params - kept) * FP8_BYTES) / spec.non_expert_params
-        return spec.replace(weight_bytes=FP8_BYTES, other_weight_bytes=other)
-    raise reader.error(f"quantization_config.quant_method {method!r} is unknown; known are fp8 and mxfp4")

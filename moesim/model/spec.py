@@ -8,17 +8,23 @@ from functools import cached_property
 
 import numpy as np
 
-from moesim.errors import InputError
+from moesim.errors import InputError, did_you_mean
 
 MATRICES_GATED, MATRICES_PLAIN = 3, 2
+KINDS = ("gqa", "mla", "mixed")
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
     """One layer's attention: its parameters and what one token adds to the KV cache.
 
-    `kind` is ``gqa`` (separate query, key, value, output matrices) or ``mla`` (DeepSeek-V2's
-    latent attention, arXiv 2405.04434 section 2.1; the ranks and head widths are then set).
+    `kind` is ``gqa`` (separate query, key, value, output matrices), ``mla`` (DeepSeek-V2's latent attention,
+    arXiv 2405.04434 section 2.1; the ranks and head widths are then set), or ``mixed``: layers differ, and
+    `per_layer` of these attentions (latent ones if the ranks are set) stand in a layer on average; the rest,
+    as linear attention, keeps a state of fixed size.
+
+    Raises:
+        InputError: an unknown kind, or `per_layer` below 0.
     """
 
     num_heads: int
@@ -30,10 +36,22 @@ class AttentionSpec:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    per_layer: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"attention kind {self.kind!r} is unknown.{did_you_mean(self.kind, KINDS)}")
+        if not self.per_layer >= 0 or (self.kind != "mixed" and self.per_layer != 1):
+            raise InputError(f"attention: per_layer {self.per_layer} does not go with kind {self.kind!r}")
+
+    @property
+    def latent(self) -> bool:
+        """Whether the cache holds latent vectors."""
+        return self.kv_lora_rank > 0
 
     def num_params(self, hidden_size: int) -> int:
-        """Return the weights of one layer's attention (biases and norms left out)."""
-        if self.kind == "gqa":
+        """Return the weights of one such attention (biases and norms left out)."""
+        if not self.latent:
             return hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         query = hidden_size * self.num_heads * qk_head_dim
@@ -43,27 +61,31 @@ class AttentionSpec:
         up = self.kv_lora_rank * self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
         return query + down + up + self.num_heads * self.v_head_dim * hidden_size
 
-    def kv_values_per_token(self) -> int:
-        """Return the numbers that one token adds to one layer's KV cache."""
-        if self.kind == "gqa":
-            return 2 * self.num_kv_heads * self.head_dim
-        return self.kv_lora_rank + self.qk_rope_head_dim
+    def kv_values_per_token(self) -> float:
+        """Return the numbers that one token adds to one layer's KV cache (a whole number unless mixed)."""
+        values = self.kv_lora_rank + self.qk_rope_head_dim if self.latent else 2 * self.num_kv_heads * self.head_dim
+        return values if self.per_layer == 1 else values * self.per_layer
 
-    def score_flops_per_context_token(self) -> int:
-        """Return the flops of one query token against one cached token (scores and values)."""
-        if self.kind == "gqa":
-            return 4 * self.num_heads * self.head_dim
-        return 2 * self.num_heads * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
+    def score_flops_per_context_token(self) -> float:
+        """Return the flops of one query token against one cached token, scores and values, in one layer."""
+        widths = 2 * self.kv_lora_rank + self.qk_rope_head_dim if self.latent else 2 * self.head_dim
+        flops = 2 * self.num_heads * widths
+        return flops if self.per_layer == 1 else flops * self.per_layer
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A Mixture-of-Experts decoder.
+    """A Mixture-of-Experts decoder (or an encoder and a decoder, whose layers follow each other).
 
     `moe_layers` maps the MoE layer index used everywhere in moesim (0 ... num_moe_layers - 1) to the
     model's own layer. `weight_bytes` is bytes per routed-expert weight (2 for bf16, 1 for fp8, 0.53125
     for mxfp4 with its scales); `other_weight_bytes` is for everything else. Experts may be shared between layers through
     `expert_pool`: int64[layer, expert] -> weights id (default: every (layer, expert) its own).
+
+    Set where a model departs from num_layers equal layers: `mixer_params`, the weights of all layers' attentions
+    and what stands in their place; `extra_params`, weights that no other field counts; `expert_hidden_size`, the
+    width of a token in routed experts where it is not `hidden_size`; `encoder_layers`, how many of the layers
+    come first and are an encoder's. 0 is "as usual". Costs of one layer are then those of the mean layer.
 
     Raises:
         InputError: sizes that are not positive, ids out of range, groups that do not divide experts.
@@ -88,6 +110,10 @@ class ModelSpec:
     other_weight_bytes: float = 2.0
     activation_bytes: float = 2.0
     expert_bias: bool = False
+    mixer_params: int = 0
+    extra_params: int = 0
+    expert_hidden_size: int = 0
+    encoder_layers: int = 0
     expert_pool: np.ndarray | None = field(default=None, compare=False)
     source: str = ""
 
@@ -106,6 +132,12 @@ class ModelSpec:
         for key in ("weight_bytes", "other_weight_bytes", "activation_bytes"):
             if not getattr(self, key) > 0:
                 raise InputError(f"model {self.name!r}: {key} must be positive, got {getattr(self, key)}")
+        for key in ("mixer_params", "extra_params", "expert_hidden_size", "encoder_layers"):
+            if getattr(self, key) < 0:
+                raise InputError(f"model {self.name!r}: {key} must not be negative, got {getattr(self, key)}")
+        if self.encoder_layers >= self.num_layers:
+            raise InputError(f"model {self.name!r}: {self.encoder_layers} encoder layers leave no decoder "
+                             f"of {self.num_layers} layers")
         if not self.moe_layers:
             raise InputError(f"model {self.name!r} has no MoE layer")
         if list(self.moe_layers) != sorted(set(self.moe_layers)) or self.moe_layers[-1] >= self.num_layers:
@@ -143,10 +175,15 @@ class ModelSpec:
         return MATRICES_GATED if self.gated else MATRICES_PLAIN
 
     @property
+    def expert_width(self) -> int:
+        """Width of a token where routed experts take and return it."""
+        return self.expert_hidden_size or self.hidden_size
+
+    @property
     def expert_params(self) -> int:
         """Weights of one routed expert."""
-        bias = (2 * self.expert_intermediate_size + self.hidden_size) if self.expert_bias else 0
-        return self.matrices * self.hidden_size * self.expert_intermediate_size + bias
+        bias = (2 * self.expert_intermediate_size + self.expert_width) if self.expert_bias else 0
+        return self.matrices * self.expert_width * self.expert_intermediate_size + bias
 
     @property
     def expert_bytes(self) -> int:
@@ -156,7 +193,7 @@ class ModelSpec:
     @property
     def expert_flops_per_token(self) -> int:
         """Flops of one routed expert for one token (a multiply and an add are two)."""
-        return 2 * self.matrices * self.hidden_size * self.expert_intermediate_size
+        return 2 * self.matrices * self.expert_width * self.expert_intermediate_size
 
     @property
     def shared_params(self) -> int:
@@ -175,7 +212,9 @@ class ModelSpec:
 
     @property
     def attention_params(self) -> int:
-        """Weights of one layer's attention."""
+        """Weights of one layer's attention (of the mean layer's mixers, where layers differ)."""
+        if self.mixer_params:
+            return round(self.mixer_params / self.num_layers)
         return self.attention.num_params(self.hidden_size)
 
     @property
@@ -200,7 +239,8 @@ class ModelSpec:
         """Weights of everything that is not a routed expert."""
         moe_part = self.num_moe_layers * (self.shared_params + self.router_params)
         dense_part = self.num_dense_layers * self.dense_params
-        return self.num_layers * self.attention_params + moe_part + dense_part + self.embedding_params
+        mixers = self.mixer_params or self.num_layers * self.attention_params
+        return mixers + moe_part + dense_part + self.embedding_params + self.extra_params
 
     @property
     def total_params(self) -> int:

@@ -55,6 +55,8 @@ def load_inputs(scenario: Scenario) -> Inputs:
         InputError: they do not match, or the trace is another model's and the scenario does not say so.
     """
     model = load_model(scenario.model)
+    if model.encoder_layers:
+        raise InputError(f"model {model.name!r} is an encoder-decoder, whose steps cannot be simulated")
     trace = read_trace(resolve_trace(scenario.trace))
     trace.check_model(model)
     if trace.model and not scenario.trace_stands_in and not _same_model(trace.model, model.name):

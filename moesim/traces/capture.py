@@ -1,121 +1,52 @@
 """Capture: the routing of a real Hugging Face model, by hooks on its expert modules.
 
-In transformers 5 every MoE block calls ``experts(hidden [T, D], top_k_index [T, k], top_k_weights
-[T, k])``, whatever its router does (group limits, score corrections, shared experts), so a pre-hook on
-modules named ``*.experts`` sees what the router really chose. Nothing is recomputed from logits.
+`capture_hooks` sees what the routers chose, `capture_generate` runs the model on batches of requests, and
+`capture_scores` keeps the routers' scores where they are asked for; here they become a trace file that
+grows while the model runs and that an interrupted run goes on with.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from moesim.artifacts import read_bytes
 from moesim.errors import InputError, require
+from moesim.model.gguf_spec import gguf_name
+from moesim.traces.capture_generate import Generation, Request, RequestRun, Settings
+from moesim.traces.capture_hooks import PassRouting, RouterRecorder
+from moesim.traces.capture_llama import LlamaGeneration, check_context
+from moesim.traces.capture_scores import ScoreRows, ScoresWriter, finish_scores
 from moesim.traces.store import PART_FOLDER_SUFFIX, open_trace, read_trace
 from moesim.traces.trace import DECODE, PREFILL, RoutingTrace
 from moesim.traces.writer import TraceWriter
 
-Requests = Sequence[tuple[int, Sequence[int]]]
+Requests = Sequence[Request]
 Progress = Callable[[int, int], None]
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-          "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "num_experts_per_tok",
-          *_EXPERT_COUNTS)
+PathLike = str | os.PathLike[str]
 
 
-class RouterRecorder:
-    """What the expert modules of one model were called with in the last forward pass.
-
-    Attributes:
-        layer_ids: the model's own index of each MoE layer, from the module names.
-        num_experts: experts per layer.
-    """
-
-    def __init__(self, model: Any) -> None:
-        modules = [(name, module) for name, module in model.named_modules() if name.endswith(".experts")]
-        if not modules:
-            raise InputError("the model has no module named '*.experts': it is not a Mixture-of-Experts "
-                             "model that transformers 5 routes through one experts module per layer")
-        self.modules = modules
-        self.layer_ids = [_layer_id(name) for name, _ in modules]
-        self.num_experts = _num_experts(model, modules[0][1])
-        self._calls: dict[int, tuple[Any, Any]] = {}
-
-    @contextmanager
-    def attached(self) -> Iterator[RouterRecorder]:
-        """Attach the hooks; always take them off again."""
-        handles = []
-        try:
-            for layer, (name, module) in enumerate(self.modules):
-                handles.append(module.register_forward_pre_hook(self._hook(layer, name), with_kwargs=True))
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, layer: int, name: str) -> Callable[..., None]:
-        def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [value for value in (*args, *kwargs.values()) if hasattr(value, "is_floating_point")]
-            ids = next((t for t in tensors if t.ndim == 2 and not t.is_floating_point()), None)
-            if ids is None or layer in self._calls:
-                raise InputError(f"module {name!r} is not called once per pass as experts(hidden, "
-                                 f"top_k_index, top_k_weights); its routing cannot be captured")
-            like = [t for t in tensors if t.shape == ids.shape and t.is_floating_point()]
-            # clones: an implementation may reuse these buffers
-            self._calls[layer] = (ids.detach().clone(), like[-1].detach().clone() if like else None)
-        return record
-
-    def take(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return (int64[token, layer, k], float32[token, layer, k] or None) of the last pass; forget it."""
-        import torch
-
-        calls, self._calls = self._calls, {}
-        for layer, (name, _) in enumerate(self.modules):
-            if layer not in calls:
-                raise InputError(f"module {name!r} was not called in the forward pass; "
-                                 f"its routing cannot be captured")
-        ids = torch.stack([calls[layer][0] for layer in range(len(calls))], dim=1).cpu().numpy()
-        if any(weights is None for _, weights in calls.values()):
-            return ids, None
-        weights = torch.stack([calls[layer][1].float() for layer in range(len(calls))], dim=1)
-        return ids, weights.cpu().numpy()
-
-
-def _layer_id(name: str) -> int:
-    """Return the last number in a module name: ``model.layers.3.mlp.experts`` -> 3."""
-    numbers = [part for part in name.split(".") if part.isdigit()]
-    if not numbers:
-        raise InputError(f"module {name!r} has no layer number in its name")
-    return int(numbers[-1])
-
-
-def _num_experts(model: Any, experts: Any) -> int:
-    owners = (experts, model.config.get_text_config())
-    found = [getattr(owner, name) for owner in owners for name in _EXPERT_COUNTS if hasattr(owner, name)]
-    if not found:
-        raise InputError(f"neither the experts nor the config have one of {', '.join(_EXPERT_COUNTS)}")
-    return int(found[0])
-
-
-def capture_routing(model: Any, requests: Requests, out: TraceWriter | str | os.PathLike[str], *,
+def capture_routing(model: Any, requests: Requests, out: TraceWriter | PathLike, *,
                     max_new_tokens: int, seed: int, temperature: float = 1.0, stop_at_eos: bool = True,
+                    batch_size: int = 1, padding: str = "left", scores: PathLike | None = None,
                     with_token_ids: bool = False, resume: bool = False, model_name: str = "",
                     metadata: dict[str, Any] | None = None, progress: Progress | None = None) -> int:
     """Run `model` on each request and write its routing; return how many requests were run now.
 
     A request's prompt is one prefill pass, then each new token one decode pass with the KV cache. Of
     `max_new_tokens` tokens the last is not fed back, so a request has at most ``max_new_tokens - 1``
-    decode rows. Requests run one at a time: no padding, and the model's numbers are those it gives
-    alone. The model's outputs do not change; it runs in eval mode and gets its mode back.
+    decode rows. With `batch_size` 1 there is no padding, and the model's numbers are those it gives alone;
+    a batch pads its prompts, and padding is never recorded (in low precision, sums of another shape may
+    round otherwise and turn a near-tie). The model's outputs do not change; it runs in eval mode and gets
+    its mode back.
 
     Args:
         requests: (request_id, token ids of the prompt).
@@ -123,6 +54,9 @@ def capture_routing(model: Any, requests: Requests, out: TraceWriter | str | os.
         seed, temperature: each request samples with its own generator from (seed, request_id), so a
             resumed run equals an uninterrupted one; temperature 0 is greedy.
         stop_at_eos: end a request at the config's end-of-sequence token.
+        batch_size: requests that run together, in the order given; each batch is written when it is done.
+        padding: the side on which shorter prompts are padded: left or right.
+        scores: also write what the routers scored to this file (see `capture_scores`).
         resume: with a path, go on after an interrupted run; written requests are skipped.
         progress: called as (requests done, requests in all).
 
@@ -132,31 +66,55 @@ def capture_routing(model: Any, requests: Requests, out: TraceWriter | str | os.
     require("torch", "torch", "capturing routing")
     import torch
 
-    _check_settings(model, requests, max_new_tokens, temperature)
-    settings = run_settings(requests, max_new_tokens, seed, temperature, stop_at_eos)
+    settings = Settings(max_new_tokens, seed, temperature, stop_at_eos, batch_size, padding)
+    check_requests(requests, int(model.config.get_text_config().vocab_size))
     was_training = model.training
-    recorder = RouterRecorder(model)
+    recorder = RouterRecorder(model, with_scores=scores is not None)
     model.eval()
     try:
         with torch.inference_mode(), recorder.attached():
-            sampler = _Generation(model, recorder, seed, temperature, max_new_tokens, stop_at_eos)
+            run = CaptureRun(Generation(model, recorder, settings), requests, progress)
             if isinstance(out, TraceWriter):
-                return _write_all(sampler, requests, out, progress)
-            with _open(sampler, requests[0], out, with_token_ids, resume, model_name,
-                       {**(metadata or {}), **settings, "config": _config_sizes(model)}) as writer:
-                return _write_all(sampler, requests, writer, progress)
+                if scores is not None:
+                    raise InputError("scores need a path to write the trace to, not an open writer")
+                return run.write(out, None)
+            return run.to_files(out, scores, with_token_ids, resume, model_name or type(model).__name__, metadata or {})
     finally:
         model.train(was_training)
 
 
-def _check_settings(model: Any, requests: Requests, max_new_tokens: int, temperature: float) -> None:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature must be finite and not negative, got {temperature}")
+class Source(Protocol):
+    """What runs requests and records their routing: a Hugging Face model, or one in llama.cpp."""
+
+    settings: Settings
+    layer_ids: list[int]
+    num_experts: int
+    origin: str
+
+    def sizes(self) -> dict[str, int]:
+        """Return the model's sizes, for the trace's metadata."""
+
+    def routing_of(self, tokens: Sequence[int]) -> PassRouting:
+        """Return the routing of one pass over a few tokens."""
+
+    def run(self, requests: Sequence[Request]) -> list[RequestRun]:
+        """Run a batch of requests; return them with their routing."""
+
+
+def _drop_empty(scores: ScoresWriter | None) -> None:
+    if scores is not None and not scores.has_parts:
+        scores.discard()  # nothing to resume from
+
+
+def _close_scores(scores: ScoresWriter, trace: PathLike, facts: dict[str, Any]) -> None:
+    with open_trace(trace) as (_, _, document):
+        scores.close(trace_digest=document["digest"], model=document["model"], metadata=facts)
+
+
+def check_requests(requests: Requests, vocabulary: int) -> None:
+    """Raise InputError unless there are requests, each with an id of its own and tokens of the vocabulary."""
     if not requests:
         raise InputError("no requests to capture")
-    vocabulary = int(model.config.get_text_config().vocab_size)
     seen: set[int] = set()
     for request_id, tokens in requests:
         if not 0 <= request_id <= np.iinfo(np.int32).max:
@@ -170,110 +128,84 @@ def _check_settings(model: Any, requests: Requests, max_new_tokens: int, tempera
             raise InputError(f"request {request_id} has token ids outside 0 ... {vocabulary - 1}")
 
 
-def run_settings(requests: Requests, max_new_tokens: int, seed: int, temperature: float,
-                 stop_at_eos: bool) -> dict[str, Any]:
+def run_settings(requests: Requests, settings: Settings, with_scores: bool) -> dict[str, Any]:
     """Return what decides a run's result besides the model; the prompts only as a digest."""
     prompts = json.dumps([[int(request), *map(int, tokens)] for request, tokens in requests])
-    return {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens,
-            "stop_at_eos": stop_at_eos, "num_requests": len(requests),
+    return {**asdict(settings), "with_scores": with_scores, "num_requests": len(requests),
             "prompts_digest": f"sha256:{hashlib.sha256(prompts.encode()).hexdigest()}"}
 
 
-def _config_sizes(model: Any) -> dict[str, int]:
-    config = model.config.get_text_config()
-    return {name: value for name in _SIZES if isinstance(value := getattr(config, name, None), int)}
+class CaptureRun:
+    """The requests of one capture, batch by batch, into a trace."""
+
+    def __init__(self, source: Source, requests: Requests, progress: Progress | None) -> None:
+        self.source, self.requests, self.progress = source, requests, progress
+
+    def to_files(self, out: PathLike, scores: PathLike | None, with_token_ids: bool, resume: bool, name: str,
+                 metadata: dict[str, Any]) -> int:
+        """Write the trace, and the scores where asked for; return how many requests were run now."""
+        facts = {**metadata, **run_settings(self.requests, self.source.settings, scores is not None)}
+        with ExitStack() as stack:
+            writer = stack.enter_context(self._open(out, with_token_ids, resume, name, facts))
+            kept = None if scores is None else ScoresWriter(
+                scores, self.source.layer_ids, writer.requests_done(), resume=resume)
+            stack.callback(_drop_empty, kept)
+            count = self.write(writer, kept)
+        if kept is not None:
+            _close_scores(kept, out, facts)
+        return count
+
+    def _open(self, path: PathLike, with_token_ids: bool, resume: bool, name: str,
+              metadata: dict[str, Any]) -> TraceWriter:
+        """Return a writer for what the model routes, found by one pass over one token."""
+        source = self.source
+        probe = source.routing_of(list(self.requests[0][1])[:1])
+        return TraceWriter(
+            path, num_layers=len(source.layer_ids), top_k=probe.ids.shape[2], num_experts=source.num_experts,
+            layer_ids=source.layer_ids, model=name, metadata={**metadata, "config": source.sizes()},
+            source=f"captured from {name} by {source.origin}",
+            with_weights=probe.weights is not None, with_token_ids=with_token_ids, resume=resume)
+
+    def write(self, writer: TraceWriter, scores: ScoresWriter | None) -> int:
+        """Run what is not written yet; scores of a batch are written before its routing, which marks it done."""
+        done = writer.requests_done()
+        count = 0
+        for batch in _batches(self.requests, self.source.settings.batch_size):
+            if all(request_id in done for request_id, _ in batch):
+                continue
+            runs = self.source.run(batch)
+            trace = _trace_of(runs, writer)
+            if scores is not None:
+                scores.append(ScoreRows(trace.request_id, trace.position, np.concatenate(
+                    [run.joined().scores for run in runs])))  # type: ignore[misc]
+            writer.append(trace)
+            done |= {run.request_id for run in runs}
+            count += len(runs)
+            if self.progress is not None:
+                self.progress(len(done), len(self.requests))
+        return count
 
 
-def _open(sampler: _Generation, probe: tuple[int, Sequence[int]], path: str | os.PathLike[str],
-          with_token_ids: bool, resume: bool, model_name: str, metadata: dict[str, Any]) -> TraceWriter:
-    """Return a writer for what the model routes, found by one pass over one token."""
-    recorder = sampler.recorder
-    ids, weights = sampler.routing_of(list(probe[1])[:1])
-    name = model_name or type(sampler.model).__name__
-    return TraceWriter(
-        path, num_layers=len(recorder.layer_ids), top_k=ids.shape[2], num_experts=recorder.num_experts,
-        layer_ids=recorder.layer_ids, model=name, metadata=metadata,
-        source=f"captured from {name} by hooks on its expert modules",
-        with_weights=weights is not None, with_token_ids=with_token_ids, resume=resume)
+def _batches(requests: Requests, size: int) -> Iterator[Requests]:
+    for start in range(0, len(requests), size):
+        yield requests[start:start + size]
 
 
-def _write_all(sampler: _Generation, requests: Requests, writer: TraceWriter,
-               progress: Progress | None) -> int:
-    done = writer.requests_done()
-    todo = [request for request in requests if request[0] not in done]
-    for number, (request_id, tokens) in enumerate(todo, start=1):
-        writer.append(sampler.request_trace(request_id, tokens, writer))
-        if progress is not None:
-            progress(len(requests) - len(todo) + number, len(requests))
-    return len(todo)
-
-
-class _Generation:
-    """A model that generates while its routing is recorded."""
-
-    def __init__(self, model: Any, recorder: RouterRecorder, seed: int, temperature: float,
-                 max_new_tokens: int, stop_at_eos: bool) -> None:
-        self.model, self.recorder = model, recorder
-        self.seed, self.temperature, self.max_new_tokens = seed, temperature, max_new_tokens
-        eos = getattr(model.config.get_text_config(), "eos_token_id", None) if stop_at_eos else None
-        self.eos = set(eos) if isinstance(eos, list | tuple) else {eos} - {None}
-        # only the last position's logits are needed; a long prompt's would fill the memory
-        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.options = {"logits_to_keep": 1} if last_only else {}
-
-    def forward(self, tokens: Sequence[int], cache: Any) -> tuple[Any, Any]:
-        """Return (logits of the last position, KV cache) after feeding `tokens`."""
-        import torch
-
-        ids = torch.tensor([list(tokens)], device=self.model.device)
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self.options)
-        return output.logits[0, -1], output.past_key_values
-
-    def routing_of(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the routing of one pass without a cache."""
-        self.forward(tokens, None)
-        return self.recorder.take()
-
-    def sample(self, logits: Any, generator: Any) -> int:
-        """Return the next token, drawn on the CPU in float32 so that the device does not matter."""
-        import torch
-
-        logits = logits.float().cpu()
-        if self.temperature == 0:
-            return int(logits.argmax())
-        shares = torch.softmax(logits / self.temperature, dim=-1)
-        return int(torch.multinomial(shares, 1, generator=generator))
-
-    def request_trace(self, request_id: int, tokens: Sequence[int], writer: TraceWriter) -> RoutingTrace:
-        """Return the trace of one request: its prompt, then its new tokens."""
-        import torch
-
-        state = np.random.SeedSequence([self.seed, request_id]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state) >> 1)
-        fed = [int(token) for token in tokens]
-        logits, cache = self.forward(fed, None)
-        passes = [self.recorder.take()]
-        for _ in range(self.max_new_tokens - 1):
-            token = self.sample(logits, generator)
-            if token in self.eos:
-                break
-            fed.append(token)
-            logits, cache = self.forward([token], cache)
-            passes.append(self.recorder.take())
-        return self._assemble(request_id, fed, len(tokens), passes, writer)
-
-    def _assemble(self, request_id: int, fed: list[int], prompt: int,
-                  passes: list[tuple[np.ndarray, np.ndarray | None]], writer: TraceWriter) -> RoutingTrace:
-        head, position = writer.header, np.arange(len(fed))
-        weights = [part for _, part in passes if part is not None]
-        return RoutingTrace(
-            expert_ids=np.concatenate([ids for ids, _ in passes]),
-            gate_weights=np.concatenate(weights) if head.with_weights else None,
-            request_id=np.full(len(fed), request_id), position=position,
-            phase=np.where(position < prompt, PREFILL, DECODE),
-            step=writer.next_step + np.maximum(position - prompt + 1, 0),
-            num_experts=head.num_experts, layer_ids=np.array(head.layer_ids),
-            token_id=np.array(fed) if head.with_token_ids else None)
+def _trace_of(runs: list[RequestRun], writer: TraceWriter) -> RoutingTrace:
+    """Return the trace of a batch, request after request; requests of a batch share its steps."""
+    head = writer.header
+    joined = [run.joined() for run in runs]
+    position = np.concatenate([np.arange(len(run.fed)) for run in runs])
+    prompt = np.repeat([run.prompt_tokens for run in runs], [len(run.fed) for run in runs])
+    weights = [part.weights for part in joined if part.weights is not None]
+    return RoutingTrace(
+        expert_ids=np.concatenate([part.ids for part in joined]),
+        gate_weights=np.concatenate(weights) if head.with_weights else None,
+        request_id=np.repeat([run.request_id for run in runs], [len(run.fed) for run in runs]),
+        position=position, phase=np.where(position < prompt, PREFILL, DECODE),
+        step=writer.next_step + np.concatenate([run.steps() for run in runs]),
+        num_experts=head.num_experts, layer_ids=np.array(head.layer_ids),
+        token_id=np.concatenate([run.fed for run in runs]) if head.with_token_ids else None)
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[tuple[int, list[int]]]:
@@ -303,28 +235,52 @@ def read_prompts(path: str | os.PathLike[str]) -> list[tuple[int, list[int]]]:
     return requests
 
 
-def capture_command(model_path: str | os.PathLike[str], prompts_jsonl: str | os.PathLike[str],
-                    out: str | os.PathLike[str], *, max_new_tokens: int, seed: int, temperature: float = 1.0,
-                    resume: bool = False, with_token_ids: bool = False, device: str | None = None,
-                    progress: Progress | None = None) -> RoutingTrace:
-    """Load a model from a local folder, capture its routing on the prompts, and return the trace.
+def capture_gguf(path: PathLike, requests: Requests, out: PathLike, *, resume: bool = False,
+                 with_token_ids: bool = False, scores: PathLike | None = None, model_name: str = "",
+                 progress: Progress | None = None, **options: Any) -> int:
+    """Run a GGUF model in llama.cpp on each request and write its routing; return how many requests were run now.
 
-    Only safetensors weights of model classes that transformers itself has: nothing is downloaded,
-    unpickled or run from the folder.
+    As `capture_routing` for a Hugging Face model; `options` are those of `Settings`, with a batch size of 1.
 
     Raises:
-        InputError: not a model folder, prompts that cannot be read, or as `capture_routing`.
-        MissingDependencyError: torch or transformers is not installed.
+        MissingDependencyError: llama-cpp-python is not installed.
+        InputError: not a MoE model, llama.cpp cannot run it, or as `capture_routing`.
     """
-    requests = read_prompts(prompts_jsonl)
-    folder = Path(model_path)
-    model = load_model(folder, device)
-    name = folder.resolve().name
-    if resume and _is_complete(out, name, run_settings(requests, max_new_tokens, seed, temperature, True)):
-        return read_trace(out)
-    capture_routing(model, requests, out, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature,
-                    with_token_ids=with_token_ids, resume=resume, model_name=name, progress=progress)
-    return read_trace(out)
+    settings = Settings(**options)
+    context, vocabulary = check_context(path, requests, settings.max_new_tokens)
+    check_requests(requests, vocabulary)
+    with LlamaGeneration(path, settings, context=context, with_scores=scores is not None) as source:
+        run = CaptureRun(source, requests, progress)
+        return run.to_files(out, scores, with_token_ids, resume, model_name or source.spec.name, {})
+
+
+def capture_command(model_path: PathLike, prompts_jsonl: PathLike, out: PathLike, *, resume: bool = False,
+                    with_token_ids: bool = False, scores: PathLike | None = None, device: str | None = None,
+                    progress: Progress | None = None, **options: Any) -> RoutingTrace:
+    """Load a model from a local folder or a GGUF file, capture its routing on the prompts, and return the trace.
+
+    Of a folder only safetensors weights of model classes that transformers itself has: nothing is downloaded,
+    unpickled or run from the folder. `options` are those of `Settings`.
+
+    Raises:
+        InputError: not a model, prompts that cannot be read, or as `capture_routing`.
+        MissingDependencyError: torch, transformers or llama-cpp-python is not installed.
+    """
+    requests, path = read_prompts(prompts_jsonl), Path(model_path)
+    name = gguf_name(path) if path.suffix == ".gguf" else path.resolve().name
+    facts = run_settings(requests, Settings(**options), scores is not None)
+    if not (resume and _is_complete(out, name, facts)):
+        common: dict[str, Any] = {"resume": resume, "with_token_ids": with_token_ids, "scores": scores,
+                                  "model_name": name, "progress": progress, **options}
+        if path.suffix == ".gguf":
+            capture_gguf(path, requests, out, **common)
+        else:
+            capture_routing(load_model(path, device), requests, out, **common)
+    trace = read_trace(out)
+    if scores is not None:  # a run may have been stopped between the end of the trace and that of the scores
+        finish_scores(scores, trace.layer_ids.tolist(), set(trace.requests().tolist()),
+                      trace_digest=trace.digest(), model=trace.model, metadata=facts)
+    return trace
 
 
 def load_model(folder: Path, device: str | None = None) -> Any:
@@ -351,7 +307,7 @@ def load_model(folder: Path, device: str | None = None) -> Any:
     return model.to(device).eval()
 
 
-def _is_complete(out: str | os.PathLike[str], name: str, settings: dict[str, Any]) -> bool:
+def _is_complete(out: PathLike, name: str, settings: dict[str, Any]) -> bool:
     """Return whether `out` already is the finished result of this very run."""
     path = Path(out)
     if not path.is_file() or path.with_name(path.name + PART_FOLDER_SUFFIX).exists():
