@@ -250,17 +250,22 @@ def verify(
 
 @place_app.command("import")
 def import_plan(
-    source: Annotated[Path, typer.Argument(help="A CSV of ExFlow: Expert,Node.")],
+    source: Annotated[Path, typer.Argument(help="A placement file of an engine, or ExFlow's CSV Expert,Node.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The *.plan.json file to write.")],
+    source_format: Annotated[str | None, typer.Option(
+        "--format", help="sglang, tensorrt-llm, vllm, vllm-ascend, eplb or exflow (default: told from the file).")] = None,
+    model: ModelOption = None,
     num_experts: Annotated[int | None, typer.Option(min=1, help="Experts per layer.")] = None,
     num_layers: Annotated[int | None, typer.Option(min=1, help="MoE layers.")] = None,
-    num_ranks: Annotated[int | None, typer.Option(min=1, help="GPUs (default: the largest in the file, plus one).")] = None,
+    num_ranks: Annotated[int | None, typer.Option(min=1, help="Ranks, where the file does not say them.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Read a plan that ExFlow made, to judge it with --from or to run it in a scenario."""
-    from moesim.placement.exflow_files import read_exflow_csv
+    """Read a plan from an engine's file, to judge it with --from or to run it in a scenario."""
+    from moesim.model.catalog import load_model
+    from moesim.placement.engine_files import PlanFacts, read_engine_plan
 
-    plan = read_exflow_csv(source, num_experts=num_experts, num_layers=num_layers, num_ranks=num_ranks)
+    spec = load_model(model) if model else None
+    plan = read_engine_plan(source, source_format, PlanFacts(spec, num_experts, num_layers, num_ranks))
     facts = {"layers": plan.num_layers, "experts": plan.num_experts, "ranks": plan.num_ranks, "file": plan.write(out)}
     if json:
         emit_json(facts)

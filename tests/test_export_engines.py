@@ -13,28 +13,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from export_worlds import MODEL, PLAN, SINGLE, SLOTS, tiny_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.errors import CheckError, InputError
+from moesim.errors import CheckError
+from moesim.export.check.plans import ascend_rows, deepspeed_rows, vllm_rows
 from moesim.export.engines import (
-    EXPORTERS,
     check_eplb,
     check_exflow,
     check_sglang,
     check_tensorrt_llm,
+    export,
     export_plan,
 )
-from moesim.model.spec import AttentionSpec, ModelSpec
 from moesim.placement.plan import PlacementPlan
 
-# 5 layers of which 1, 2 and 4 are MoE layers: a row number and a layer number are never mixed up unseen.
-MODEL = ModelSpec("org/tiny", 5, (1, 2, 4), 4, 2, 16, 8, AttentionSpec(2, 2, 8), 100,
-                  dense_intermediate_size=32)
-SLOTS = [[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2], [1, 1, 0, 2, 3, 1]]
-PLAN = PlacementPlan(np.array(SLOTS), 2, 4)
-SINGLE = PlacementPlan(np.array([[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]]), 2, 4)
-SUFFIX = {"sglang": "json", "tensorrt-llm": "yaml", "eplb": "npz", "exflow": "csv"}
+SUFFIX = {"eplb": "npz", "exflow": "csv"}
 
 
 def read_yaml(text: str) -> Any:
@@ -100,8 +95,74 @@ def test_eplb_arrays_are_what_rebalance_experts_returns(tmp_path: Path) -> None:
         assert sorted(arrays) == ["log2phy", "logcnt", "phy2log"]
         assert {array.dtype for array in arrays.values()} == {np.dtype(np.int64)}
         assert arrays["phy2log"].tolist() == SLOTS
-        assert arrays["logcnt"].tolist() == [[2, 2, 1, 1], [1, 1, 2, 2], [1, 3, 1, 1]]
-        assert arrays["log2phy"][2].tolist() == [[2, -1, -1], [0, 1, 5], [3, -1, -1], [4, -1, -1]]
+        assert arrays["logcnt"].tolist() == [[2, 2, 1, 1], [1, 1, 2, 2], [1, 2, 2, 1]]
+        assert arrays["log2phy"][2].tolist() == [[2, -1], [0, 5], [1, 3], [4, -1]]
+
+
+def test_eplb_comes_as_npy_and_safetensors_too(tmp_path: Path) -> None:
+    """A .npy holds phy2log alone; the safetensors library finds the same arrays as numpy in the .npz."""
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    one = np.load(export_plan(PLAN, None, "eplb", tmp_path / "p.npy").path)
+    assert (one.dtype, one.tolist()) == (np.int64, SLOTS)
+    tensors = load_file(export_plan(PLAN, None, "eplb", tmp_path / "p.safetensors").path)
+    with np.load(export_plan(PLAN, None, "eplb", tmp_path / "p.npz").path) as arrays:
+        assert sorted(tensors) == sorted(arrays)
+        assert all(np.array_equal(tensors[name], arrays[name]) for name in arrays)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npy", "npz"])
+def test_eplb_weight_counts_the_trace(suffix: str, tmp_path: Path) -> None:
+    """weight[layer, expert] is the number of tokens that used the expert, counted here one by one."""
+    trace = tiny_trace()
+    path = export(trace, None, "eplb-weight", tmp_path / f"w.{suffix}").path
+    if suffix == "safetensors":
+        weight = pytest.importorskip("safetensors.numpy").load_file(path)["weight"]
+    else:
+        loaded = np.load(path)
+        weight = loaded if suffix == "npy" else loaded["weight"]
+    expected = np.zeros((3, 4), int)
+    for token in trace.expert_ids:
+        for layer, experts in enumerate(token):
+            expected[layer, experts] += 1
+    assert np.array_equal(weight, expected)
+
+
+def test_vllm_plan_has_moe_layers_only(tmp_path: Path) -> None:
+    """Rows are the MoE layers' in order; the redundant experts and ranks of the command are the plan's."""
+    report = export_plan(PLAN, MODEL, "vllm", tmp_path / "plan.json")
+    document = json.loads(report.path.read_text())
+    assert document == {"schema": "moesim.vllm-eplb/1", "num_experts": 4, "num_ranks": 2, "model_layers": [1, 2, 4],
+                        "physical_to_logical_map": SLOTS}
+    assert json.loads(flag(report.start_command, "--eplb-config"))["num_redundant_experts"] == 2
+    assert flag(report.start_command, "--data-parallel-size") == "2"
+
+
+def test_vllm_routing_is_the_trace(tmp_path: Path) -> None:
+    """The safetensors library finds every id, weights that it recorded or equal ones, and what the ids mean."""
+    safe_open = pytest.importorskip("safetensors").safe_open
+    trace = tiny_trace()
+    quarter = np.full(trace.expert_ids.shape, 0.25, np.float32)
+    for one in (dataclasses.replace(trace, gate_weights=None), dataclasses.replace(trace, gate_weights=quarter)):
+        with safe_open(export(one, None, "vllm-routing", tmp_path / "r.safetensors").path, "np") as file:
+            assert np.array_equal(file.get_tensor("expert_ids"), trace.expert_ids)
+            assert np.unique(file.get_tensor("weights")).tolist() == [0.5 if one.gate_weights is None else 0.25]
+            assert file.metadata() == {"schema": "moesim.vllm-routing/1", "num_experts": "4"}
+
+
+def test_ascend_map_lists_devices_in_slot_order(tmp_path: Path) -> None:
+    """The document by hand: layers from 0, devices from 0, each with its slots in order."""
+    document = json.loads(export_plan(PLAN, MODEL, "vllm-ascend", tmp_path / "map.json").path.read_text())
+    assert document["moe_layer_count"] == 3
+    assert document["layer_list"][1] == {"layer_id": 1, "device_count": 2, "device_list": [
+        {"device_id": 0, "device_expert": [3, 2, 1]}, {"device_id": 1, "device_expert": [0, 3, 2]}]}
+
+
+def test_deepspeed_layout_renumbers_experts(tmp_path: Path) -> None:
+    """New id i of a layer is the expert in slot i; rank r then holds the ids r * E / ep_size and on."""
+    document = json.loads(export_plan(SINGLE, MODEL, "deepspeed", tmp_path / "d.json").path.read_text())
+    assert document == {"inference_config": {"moe": {"enabled": True, "ep_size": 2, "moe_experts": [4]}},
+                        "model_layers": [1, 2, 4],
+                        "old_expert_of_new_id": [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]]}
 
 
 def test_exflow_csv_numbers_experts_over_all_layers(tmp_path: Path) -> None:
@@ -123,17 +184,6 @@ def test_check_command_runs(target: str, printed: str, tmp_path: Path, capsys: p
     assert printed in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", sorted(SUFFIX))
-def test_same_plan_same_bytes_and_nothing_else_written(target: str, tmp_path: Path) -> None:
-    """Every exporter writes exactly one file, the same at each call, and has notes for the reader."""
-    for folder in ("a", "b"):
-        report = export_plan(SINGLE, MODEL, target, tmp_path / folder / f"plan.{SUFFIX[target]}")
-        assert report.notes
-    files = [next((tmp_path / folder).iterdir()) for folder in ("a", "b")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert len(list(tmp_path.rglob("*.*"))) == 2
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_every_plan_passes_the_engines_rules_and_comes_back(data: st.DataObject) -> None:
@@ -153,61 +203,6 @@ def test_every_plan_passes_the_engines_rules_and_comes_back(data: st.DataObject)
     for layer, row in zip(layers, rows, strict=True):
         assert sglang["physical_to_logical_map"][layer] == row
         assert tensorrt["initial_global_assignments"][layer] == row
-
-
-def test_unknown_target_suggests_a_known_one(tmp_path: Path) -> None:
-    """A misspelt target names the nearest exporter."""
-    with pytest.raises(InputError, match=r"unknown export target 'sglan'. Did you mean 'sglang'"):
-        export_plan(PLAN, MODEL, "sglan", tmp_path / "plan.json")
-    assert sorted(SUFFIX) == sorted(EXPORTERS.names())
-
-
-@pytest.mark.parametrize(("changes", "text"), [
-    ({"moe_layers": (1, 2)}, "plan is for 3 MoE layers, the model 'org/tiny' has 2"),  # another depth
-    ({"num_experts": 8}, "plan is for 4 experts, the model 'org/tiny' has 8"),  # another width
-])
-@pytest.mark.parametrize("target", sorted(SUFFIX))
-def test_plan_of_another_model_is_refused(target: str, changes: dict[str, object], text: str,
-                                          tmp_path: Path) -> None:
-    """No exporter writes a plan that was made for other layers or experts."""
-    with pytest.raises(InputError, match=text):
-        export_plan(SINGLE, dataclasses.replace(MODEL, **changes), target, tmp_path / f"p.{SUFFIX[target]}")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("target", ["sglang", "tensorrt-llm"])
-def test_engines_with_absolute_layers_need_the_model(target: str, tmp_path: Path) -> None:
-    """Without the model nobody knows which rows are dense; that is an error, not a guess."""
-    with pytest.raises(InputError, match=f"{target}: the model is needed"):
-        export_plan(PLAN, None, target, tmp_path / f"p.{SUFFIX[target]}")
-
-
-@pytest.mark.parametrize("target", ["sglang", "tensorrt-llm"])
-def test_experts_shared_between_layers_are_refused(target: str, tmp_path: Path) -> None:
-    """An engine that loads each layer's own experts cannot express a shared pool; the reason is given."""
-    pool = np.tile(np.arange(4), (3, 1))
-    model = dataclasses.replace(MODEL, expert_pool=pool)
-    with pytest.raises(InputError, match="shares 4 experts between layers"):
-        export_plan(PLAN, model, target, tmp_path / f"p.{SUFFIX[target]}")
-
-
-def test_exflow_refuses_replicas(tmp_path: Path) -> None:
-    """A plan with redundant experts has no place in 'one expert, one node'."""
-    with pytest.raises(InputError, match="one home there, but the plan has 6 slots for 4 experts"):
-        export_plan(PLAN, MODEL, "exflow", tmp_path / "plan.csv")
-
-
-def test_tensorrt_llm_refuses_one_rank(tmp_path: Path) -> None:
-    """Its load balancer exists only under expert parallelism."""
-    with pytest.raises(InputError, match="the plan has 1 rank"):
-        export_plan(PlacementPlan(np.array(SLOTS), 1, 4), MODEL, "tensorrt-llm", tmp_path / "p.yaml")
-
-
-@pytest.mark.parametrize("target", sorted(SUFFIX))
-def test_wrong_suffix_is_refused_with_the_right_one(target: str, tmp_path: Path) -> None:
-    """The engine chooses its reader by the suffix, so another one is an error."""
-    with pytest.raises(InputError, match=rf"plan\.bin: the file must end in .*\.{SUFFIX[target]}"):
-        export_plan(SINGLE, MODEL, target, tmp_path / "plan.bin")
 
 
 ROW = [0, 1, 2, 3, 0, 1]
@@ -262,3 +257,38 @@ def test_exflow_rules_are_enforced() -> None:
         check_exflow([(0, 1), (2, 0)], num_layers=1, num_experts=2, num_gpus=2)
     with pytest.raises(CheckError, match="every GPU must hold 1 experts"):
         check_exflow([(0, 1), (1, 1)], num_layers=1, num_experts=2, num_gpus=2)
+
+
+ASCEND = {"moe_layer_count": 1, "layer_list": [{"layer_id": 0, "device_count": 2, "device_list": [
+    {"device_id": 0, "device_expert": [0, 1, 2]}, {"device_id": 1, "device_expert": [3, 0, 1]}]}]}
+
+
+@pytest.mark.parametrize(("old", "new", "text"), [
+    ('"moe_layer_count": 1', '"moe_layer_count": 2', "moe_layer_count 2, 1 layers follow"),
+    ('"layer_id": 0', '"layer_id": 3', "entry 0 has layer_id 3"),  # the model's own number is a common mistake
+    ('"device_count": 2', '"device_count": 3', r"the devices \[0, 1\]"),
+    ("[3, 0, 1]", "[3, 0]", r"hold \[2, 3\] experts; they must be equal"),
+    ("[3, 0, 1]", "[3, 0, 0]", "device 1 of layer 0 holds an expert twice"),  # the loader would lose a slot
+    ("[3, 0, 1]", "[2, 0, 1]", "expert 3 of layer 0 has no slot"),
+])
+def test_ascend_rules_are_enforced(old: str, new: str, text: str) -> None:
+    """Each rule of the loader rejects the file that breaks it."""
+    good = json.dumps(ASCEND)
+    assert ascend_rows(good.encode(), num_experts=4) == [[0, 1, 2, 3, 0, 1]]
+    with pytest.raises(CheckError, match=text):
+        ascend_rows(good.replace(old, new).encode(), num_experts=4)
+
+
+def test_vllm_and_deepspeed_rules_are_enforced() -> None:
+    """Another schema, a missing expert and a layout that is no permutation are each found."""
+    facts = {"num_experts": 2, "num_slots": 2, "num_ranks": 2}
+    good = {"schema": "moesim.vllm-eplb/1", "num_experts": 2, "num_ranks": 2, "physical_to_logical_map": [[1, 0]]}
+    assert vllm_rows(json.dumps(good).encode(), **facts) == [[1, 0]]
+    for changes, text in (({"schema": "moesim.vllm-eplb/2"}, "vllm: expected"),
+                          ({"physical_to_logical_map": [[1, 1]]}, "expert 0 of layer 0 has no slot")):
+        with pytest.raises(CheckError, match=text):
+            vllm_rows(json.dumps(good | changes).encode(), **facts)
+    layout = {"inference_config": {"moe": {"enabled": True, "ep_size": 2, "moe_experts": [2]}},
+              "old_expert_of_new_id": [[1, 1]]}
+    with pytest.raises(CheckError, match=r"expected 1 permutations of 0 \.\.\. 1"):
+        deepspeed_rows(json.dumps(layout).encode(), num_layers=1, num_experts=2, ep_size=2)

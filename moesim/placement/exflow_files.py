@@ -1,4 +1,4 @@
-"""ExFlow's solution files: CSV ``Expert,Node`` as plans. `export.engines.export_exflow` writes them."""
+"""ExFlow's solution files: CSV ``Expert,Node`` as plans. `export.engines.exflow` writes them."""
 
 from __future__ import annotations
 
