@@ -26,6 +26,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, an
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 OptionList = Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="May be repeated.")]
 NumNodes = Annotated[int, typer.Option(min=1, help="Equal nodes of the hardware.")]
+ExecutorOption = Annotated[str, typer.Option(
+    metavar="auto|compiled|simpy", help="All give the same tables. auto: compiled, and SimPy until that has been compiled once.")]
 GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs to use per node (default: all).")]
 
 
@@ -194,6 +196,8 @@ FILE_WORDS = {
     ".perfetto.json": "a timeline: open it at ui.perfetto.dev",
     ".perfetto.json.gz": "a timeline: open it at ui.perfetto.dev",
     ".trace.parquet": "routing: which experts each token used",
+    ".counts.parquet": "expert counts, without tokens",
+    ".arrivals.parquet": "request arrivals: when, and how long",
     ".png": "a figure",
     ".json": "JSON",
 }

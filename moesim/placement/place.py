@@ -202,10 +202,24 @@ def problem_from_trace(
     trace: RoutingTrace, *, num_ranks: int, ranks_per_node: int, redundant_experts: int = 0,
     expert_bytes: int | np.ndarray = 0, memory_bytes_per_rank: float = math.inf, num_groups: int = 1,
 ) -> PlacementProblem:
-    """Return the problem of placing a trace's experts on `num_ranks` ranks.
+    """Return the problem of placing a trace's experts: its loads and transitions between neighbouring layers.
+
+    Args and errors as `problem_from_counts`.
+    """
+    problem = problem_from_counts(
+        load_counts(trace), num_ranks=num_ranks, ranks_per_node=ranks_per_node, redundant_experts=redundant_experts,
+        expert_bytes=expert_bytes, memory_bytes_per_rank=memory_bytes_per_rank, num_groups=num_groups)
+    return dataclasses.replace(problem, transitions=transition_counts(trace).astype(np.float64))
+
+
+def problem_from_counts(
+    expert_load: np.ndarray, *, num_ranks: int, ranks_per_node: int, redundant_experts: int = 0,
+    expert_bytes: int | np.ndarray = 0, memory_bytes_per_rank: float = math.inf, num_groups: int = 1,
+) -> PlacementProblem:
+    """Return the problem of placing experts of known load on `num_ranks` ranks, without transitions.
 
     Args:
-        trace: routing; its loads and transitions between neighbouring layers are counted.
+        expert_load: int64[layer, expert], selections of each expert.
         num_ranks, ranks_per_node: the ranks and how they are grouped.
         redundant_experts: further slots per layer, over all ranks.
         expert_bytes: bytes of one expert, one number or int[layer] (0: memory is not checked).
@@ -218,13 +232,13 @@ def problem_from_trace(
     if num_ranks < 1 or redundant_experts < 0:
         raise InputError(f"placement: needs num_ranks >= 1 and redundant_experts >= 0, got {num_ranks} and "
                          f"{redundant_experts}")
-    num_slots = trace.num_experts + redundant_experts
+    num_layers, num_experts = expert_load.shape
+    num_slots = num_experts + redundant_experts
     if num_slots % num_ranks:
-        raise InputError(_indivisible(trace.num_experts, redundant_experts, num_ranks))
+        raise InputError(_indivisible(num_experts, redundant_experts, num_ranks))
     return PlacementProblem(
-        expert_load=load_counts(trace), num_ranks=num_ranks, slots_per_rank=num_slots // num_ranks,
-        ranks_per_node=ranks_per_node, transitions=transition_counts(trace).astype(np.float64),
-        expert_bytes=_bytes_per_layer(expert_bytes, trace.num_layers),
+        expert_load=expert_load, num_ranks=num_ranks, slots_per_rank=num_slots // num_ranks,
+        ranks_per_node=ranks_per_node, expert_bytes=_bytes_per_layer(expert_bytes, num_layers),
         memory_bytes_per_rank=memory_bytes_per_rank, num_groups=num_groups)
 
 

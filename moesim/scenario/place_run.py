@@ -16,6 +16,7 @@ from moesim.placement.plan import PlacementPlan
 from moesim.placement.progress import Progress, Report
 from moesim.placement.result import SolveResult
 from moesim.scenario.placing import PlaceRequest, PlaceSetup, contiguous_plan
+from moesim.traces.counts import is_counts
 
 PLAN_SUFFIX, BOUND_SUFFIX = ".plan.json", ".bound.npz"
 
@@ -48,6 +49,11 @@ def run_place(request: PlaceRequest, *, solver: str, objective: str | None, time
     """
     if out.suffix != ".json":
         raise InputError(f"--out {out}: a plan's file ends in {PLAN_SUFFIX}")
+    if is_counts(request.trace):
+        from moesim.scenario.place_counts import run_place_counts
+
+        return run_place_counts(request, solver=solver, objective=objective, time_limit_s=time_limit_s, prove_s=prove_s,
+                                options=options, out=out, listener=listener)
     setup = PlaceSetup(request)
     goal = setup.goal_text(objective)
     progress = Progress(listener)

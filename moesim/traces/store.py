@@ -35,6 +35,11 @@ _ELEMENT = ".list.element"
 _ZSTD_LEVEL = 6
 _BUFFER_BYTES = 1 << 18
 _PLAIN_COLUMNS = {"request_id": pa.int32(), "position": pa.int32(), "phase": pa.int8(), "step": pa.int32()}
+_NOT_ROUTING = {
+    "moesim.counts/1": "it holds expert counts without tokens (no order, no pair of layers, no request); only loads can "
+                       "be taken from it",
+    "moesim.arrivals/1": "it holds request arrivals, not routing",
+}
 _FOREIGN = (
     ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
      "this is a Python pickle, which can run code when loaded; moesim never opens one"),
@@ -225,6 +230,8 @@ def read_header(schema: pa.Schema) -> tuple[TraceHeader, dict[str, Any]]:
         raise InputError("the moesim header is not JSON") from None
     if not isinstance(document, dict):
         raise InputError("a Parquet file, but not a moesim trace (it has no 'moesim' metadata)")
+    if document.get("schema") in _NOT_ROUTING:
+        raise InputError(f"it is no trace: {_NOT_ROUTING[document['schema']]}")
     if document.get("schema") != SCHEMA:
         raise InputError(f"expected a {SCHEMA!r} file, found schema {document.get('schema')!r}")
     for name, kind in {"num_layers": int, "top_k": int, "num_experts": int, "layer_ids": list, "model": str,
