@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection
 
 import numpy as np
 
+from moesim.cache.compiled_layout import FREE, MAX_USES, SOON, Layout
 from moesim.cache.policy import AccessStream
 from moesim.errors import InputError
 
@@ -28,56 +28,40 @@ def fewest_misses(
     freely between accesses, and an expert in use need not hold a slot.
 
     Raises:
-        InputError: no slots, or a preload larger than the slots.
+        InputError: no slots, a preload larger than the slots, or a stream of another model or of more than 2^31 uses.
     """
     if slots_per_layer < 1:
         raise InputError(f"slots_per_layer must be at least 1, got {slots_per_layer}")
-    layers, keys = np.repeat(stream.layers, np.diff(stream.offsets)), stream.keys(num_experts)
-    access = np.repeat(np.arange(stream.num_accesses), np.diff(stream.offsets))
+    if len(stream.experts) > MAX_USES:
+        raise InputError(f"the stream has {len(stream.experts)} uses; at most {MAX_USES} can be counted")
+    num_layers = int(stream.layers.max()) + 1
+    stream.check_fits(num_layers, num_experts)
+    layout = Layout(num_layers, num_experts, shared)
+    keys = _own_preload(stream, preload, layout)
+    capacity = slots_per_layer * (num_layers if shared else 1)
+    held = np.bincount(np.zeros(len(keys), int) if shared else keys // num_experts, minlength=layout.num_pools)
+    if held.max() > capacity:
+        raise InputError(f"the preload holds {held[np.argmax(held > capacity)]} experts for {capacity} slots")
+    return _misses(stream, layout, keys[keys < num_layers * num_experts], capacity)
+
+
+def _own_preload(stream: AccessStream, preload: Collection[int], layout: Layout) -> np.ndarray:
+    """Return the preloaded keys, each once, without those of layers that the stream does not use (unless shared)."""
+    keys = np.unique(np.fromiter(preload, np.int64, len(preload)))
+    return keys if layout.shared else keys[np.isin(keys // layout.num_experts, stream.layers)]
+
+
+def _misses(stream: AccessStream, layout: Layout, preload: np.ndarray, capacity: int) -> np.ndarray:
+    from moesim.cache.kernels.fewest import fewest_misses as compiled
+
+    upcoming, first = layout.next_uses(stream)
+    state = layout.empty_state()
+    held = layout.indices(preload)
+    held = held[first[held] >= 0]  # the others are not used, so that they need no slot
+    layout.rank(state, held, SOON - first[held])
+    state[FREE, :layout.num_pools] = capacity
+    np.subtract.at(state[FREE], np.zeros(len(held), int) if layout.shared else held // layout.row_width, 1)
     misses = np.zeros(stream.num_accesses, np.int64)
-    pools = (
-        [np.arange(len(keys))] if shared else [np.flatnonzero(layers == layer) for layer in np.unique(layers)]
-    )
-    capacity = slots_per_layer * (int(layers.max()) + 1) if shared else slots_per_layer
-    for pool in pools:
-        own = {key for key in preload if shared or key // num_experts == layers[pool[0]]}
-        if len(own) > capacity:
-            raise InputError(f"the preload holds {len(own)} experts for {capacity} slots")
-        np.add.at(misses, access[pool], _pool_misses(access[pool], keys[pool], capacity, own))
+    compiled(stream.layers, stream.offsets, stream.experts, upcoming, layout.shared, layout.row_width,
+             layout.pool_blocks, state, misses)
     return misses
-
-
-def _pool_misses(access: np.ndarray, keys: np.ndarray, capacity: int, preload: Collection[int]) -> np.ndarray:
-    """int64[use]: 1 where the optimum misses. `kept` holds keys with their next use; the farthest leaves first."""
-    next_use = _next_uses(keys)
-    missed = np.ones(len(keys), np.int64)
-    first = {int(key): place for place, key in reversed(list(enumerate(keys.tolist())))}
-    kept: dict[int, int] = {}
-    farthest: list[tuple[int, int]] = []
-    for key in sorted(preload):
-        if key in first:
-            kept[key] = first[key]
-            heapq.heappush(farthest, (-first[key], key))
-    cuts = np.flatnonzero(np.diff(access)) + 1
-    for uses in np.split(np.arange(len(keys)), cuts):
-        for use in uses.tolist():
-            if kept.pop(int(keys[use]), None) == use:
-                missed[use] = 0
-        for use in uses.tolist():
-            if next_use[use] >= 0:
-                kept[int(keys[use])] = int(next_use[use])
-                heapq.heappush(farthest, (-int(next_use[use]), int(keys[use])))
-        while len(kept) > capacity:
-            until, key = heapq.heappop(farthest)
-            if kept.get(key) == -until:
-                del kept[key]
-    return missed
-
-
-def _next_uses(keys: np.ndarray) -> np.ndarray:
-    """int64[use]: the next use of the same key, -1 if there is none."""
-    following = np.full(len(keys), -1, np.int64)
-    order = np.argsort(keys, kind="stable")
-    same = keys[order[1:]] == keys[order[:-1]]
-    following[order[:-1][same]] = order[1:][same]
-    return following

@@ -15,10 +15,19 @@ BEFORE_THE_RUN = -1
 
 
 class Reservation(NamedTuple):
-    """The slot given to an expert, and the key that had to leave it (-1: it was free)."""
+    """The slot given to an expert, and the key that had to leave for it (-1: none).
+
+    `other_victim_keys`: those that left after it, where experts differ in size (`ByteCache`).
+    """
 
     slot: int
     victim_key: int
+    other_victim_keys: tuple[int, ...] = ()
+
+    @property
+    def num_victims(self) -> int:
+        """Number of experts that had to leave."""
+        return (self.victim_key != ABSENT) + len(self.other_victim_keys)
 
 
 class Candidates(Sequence[int]):
@@ -74,7 +83,7 @@ class ExpertCache:
         # Residents of each pool in order of entry; a dict, so that leaving is O(1) and order is kept.
         self._residents: list[dict[int, None]] = [{} for _ in starts]
         self._now = BEFORE_THE_RUN
-        policy.attach(slots_per_layer, shared)
+        self._attach_policy()
 
     def key_of(self, layer: int, expert: int) -> int:
         """Return the expert's key; raises InputError outside the model."""
@@ -128,9 +137,7 @@ class ExpertCache:
         resident of the pool is protected, or the policy would rather keep the victim: the expert then
         passes through without a slot.
         """
-        key = self.key_of(layer, expert)
-        if self._slot[key] != ABSENT:
-            raise CheckError(f"cache: layer {layer}, expert {expert} already owns slot {self._slot[key]}")
+        key = self._absent_key(layer, expert)
         self._advance(now)
         if not self.policy.admits(key, now):
             return None
@@ -163,10 +170,7 @@ class ExpertCache:
             layer, expert = divmod(index(key), self.num_experts)
             if self.slot_of(layer, expert) != ABSENT:
                 raise InputError(f"cache: preload names layer {layer}, expert {expert} twice")
-            if not self.num_free(layer):
-                raise InputError(
-                    f"cache: preload has more experts than slots at layer {layer}, expert {expert} "
-                    f"({self.slots_per_layer} slots per layer, {'shared' if self.shared else 'not shared'})")
+            self._check_room(layer, expert)
             if self.reserve(layer, expert, BEFORE_THE_RUN) is None:
                 raise InputError(f"cache: the policy does not admit layer {layer}, expert {expert}")
 
@@ -180,6 +184,21 @@ class ExpertCache:
         listed = sorted(key for pool in self._residents for key in pool)
         if listed != [key for key, slot in enumerate(self._slot) if slot != ABSENT]:
             raise CheckError("cache: the pools do not list the experts that own slots")
+
+    def _attach_policy(self) -> None:
+        self.policy.attach(self.slots_per_layer, self.shared)
+
+    def _absent_key(self, layer: int, expert: int) -> int:
+        key = self.key_of(layer, expert)
+        if self._slot[key] != ABSENT:
+            raise CheckError(f"cache: layer {layer}, expert {expert} already owns slot {self._slot[key]}")
+        return key
+
+    def _check_room(self, layer: int, expert: int) -> None:
+        if not self.num_free(layer):
+            raise InputError(
+                f"cache: preload has more experts than slots at layer {layer}, expert {expert} "
+                f"({self.slots_per_layer} slots per layer, {'shared' if self.shared else 'not shared'})")
 
     def _advance(self, now: int) -> None:
         if now < self._now:

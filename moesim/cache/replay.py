@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from moesim.cache.cache import ABSENT, ExpertCache
+from moesim.cache.cache import ExpertCache
 from moesim.cache.policy import AccessStream
 from moesim.errors import CheckError, unknown
 
@@ -123,11 +123,11 @@ class _Replay:
             reservation = self.cache.reserve(layer, expert, now, protected)
             if reservation is None:
                 self.bypasses[layer] += 1
-            elif reservation.victim_key != ABSENT:
-                self.evictions[layer] += 1
+            else:
+                self.evictions[layer] += reservation.num_victims
             if not self.seen[first + expert]:
                 self.cold[layer] += 1
-                self.cold_in_free[layer] += reservation is not None and reservation.victim_key == ABSENT
+                self.cold_in_free[layer] += reservation is not None and not reservation.num_victims
 
 
 def _set_access(run: _Replay, layer: int, experts: list[int], now: int) -> None:

@@ -7,6 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
+from moesim.cache.sizes import most_residents_per_layer
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +32,13 @@ class BasePolicy(ABC):
             raise InputError(
                 f"a {type(self).__name__} serves one cache and has it: make a new one with make_policy")
         self._attached = True
+
+    def attach_bytes(self, bytes_per_layer: int, expert_bytes: np.ndarray, shared: bool) -> None:
+        """Learn a capacity in bytes for experts of `expert_bytes`, int64[layer, expert]; called once, by a `ByteCache`.
+
+        By default that is `attach` with the most slots that such experts can fill.
+        """
+        self.attach(most_residents_per_layer(expert_bytes, bytes_per_layer, shared=shared), shared)
 
     def admits(self, key: int, now: int) -> bool:
         """Return whether an absent expert may enter at all."""

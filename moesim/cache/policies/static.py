@@ -40,6 +40,12 @@ class StaticPolicy(BasePolicy):
         super().attach(slots_per_layer, shared)
         self._members = frozenset(popular_keys(self._popularity, slots_per_layer, shared=shared))
 
+    def attach_bytes(self, bytes_per_layer: int, expert_bytes: np.ndarray, shared: bool) -> None:
+        """Fix the set for a capacity in bytes: see `popular_keys_in_bytes`."""
+        super().attach_bytes(bytes_per_layer, expert_bytes, shared)
+        self._members = frozenset(popular_keys_in_bytes(
+            self._popularity, bytes_per_layer, expert_bytes, shared=shared))
+
     def admits(self, key: int, now: int) -> bool:
         """Return whether `key` belongs to the fixed set."""
         return key in self._members
@@ -62,3 +68,22 @@ def popular_keys(popularity: np.ndarray, slots_per_layer: int, *, shared: bool =
     best = np.argsort(-popularity, axis=1, kind="stable")[:, :slots_per_layer]
     chosen = set((best + np.arange(num_layers)[:, None] * num_experts).ravel().tolist())
     return [key for key in ranked.tolist() if key in chosen]
+
+
+def popular_keys_in_bytes(popularity: np.ndarray, bytes_per_layer: int, expert_bytes: np.ndarray, *,
+                          shared: bool = False) -> list[int]:
+    """Return the keys of the most popular experts that fit together, the most popular first.
+
+    Each expert, from the most popular on, joins if the bytes that are left (of its layer, or with `shared` of
+    all) hold it; a large one may be left out and a smaller, less popular one join. Ties go to the lower key.
+    """
+    num_layers, num_experts = popularity.shape
+    left = [bytes_per_layer * num_layers] if shared else [bytes_per_layer] * num_layers
+    needed = expert_bytes.ravel().tolist()
+    chosen = []
+    for key in np.argsort(-popularity, axis=None, kind="stable").tolist():
+        pool = 0 if shared else key // num_experts
+        if needed[key] <= left[pool]:
+            left[pool] -= needed[key]
+            chosen.append(key)
+    return chosen
