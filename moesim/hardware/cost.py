@@ -8,6 +8,7 @@ tokens, its distinct groups and its largest group cost.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -48,11 +49,33 @@ class CostModel:
         self._counts: Counter[str] = Counter()
         self._fits: dict[tuple[str, str, str, str], TableFit | None] = {}
         self._routes: dict[tuple[str, str], list[Link]] = {}
-        self._route_source = "nameplate" if route_efficiency == 1 else "stated"
+        self.route_source = "nameplate" if route_efficiency == 1 else "stated"
 
     def source_counts(self) -> dict[str, int]:
         """Return how many costs of each source were handed out, in the order of `SOURCES`."""
         return {source: self._counts[source] for source in SOURCES}
+
+    def uncounted(self) -> CostModel:
+        """Return the same costs and tables with counts of their own, for questions that nobody should count."""
+        twin = copy.copy(self)
+        twin._counts = Counter()
+        return twin
+
+    def count(self, sources: npt.NDArray[np.integer], times: int = 1) -> None:
+        """Count costs that `hardware.cost_arrays` priced: codes int[...] into `SOURCES`, each `times` over."""
+        for code, found in enumerate(np.bincount(np.ravel(sources), minlength=len(SOURCES)).tolist()):
+            self._counts[SOURCES[code]] += found * times
+
+    def fit(self, op: str, device_kind: str, shape: str, dtype: str) -> TableFit | None:
+        """Return the measured table of an operation on a kind of device, ready for look-ups; None without one."""
+        key = (op, device_kind, shape, dtype)
+        if key not in self._fits:
+            tables = self.profile.tables if self.profile else ()
+            # bytes have no shape or dtype: any table of a copy will do
+            table = next((t for t in tables if (t.op, t.device) == key[:2]
+                          and (t.op == "copy" or (t.shape, t.dtype) == key[2:])), None)
+            self._fits[key] = TableFit(table) if table else None
+        return self._fits[key]
 
     def dense(self, device_name: str, work: DenseWork) -> Cost:
         """Return the seconds of one dense operation; no tokens cost nothing.
@@ -160,7 +183,7 @@ class CostModel:
         """
         # bytes over (rate times efficiency) is (bytes over efficiency) over rate; latencies stay as they are
         slowed = np.asarray(traffic, dtype=np.float64) / self.route_efficiency
-        return self._count(Cost(all_to_all_seconds(self.hardware, slowed).seconds, self._route_source))
+        return self._count(Cost(all_to_all_seconds(self.hardware, slowed).seconds, self.route_source))
 
     def _roofline(self, device: Device, flops: float, num_bytes: float, dtype: str) -> Cost:
         if dtype not in device.flops_per_s:
@@ -178,7 +201,7 @@ class CostModel:
         if num_bytes == 0:
             return Cost(0.0, "nameplate")
         nameplate = link.latency_s + num_bytes / (link.bytes_per_s * self.route_efficiency)
-        return self._measured_copy((link.kind, ends), num_bytes) or Cost(nameplate, self._route_source)
+        return self._measured_copy((link.kind, ends), num_bytes) or Cost(nameplate, self.route_source)
 
     def _pipelined(self, route: list[Link], source: str, num_bytes: float) -> Cost:
         """Return the slowest link's time and the other links' latencies; see `route_copy`."""
@@ -199,13 +222,7 @@ class CostModel:
     def _measured(self, key: tuple[str, str, str, str],
                   points: Mapping[tuple[str, ...], tuple[float, ...]]) -> Cost | None:
         """Return the cost by the table of this (op, device, shape, dtype), if its axes are in `points`."""
-        if key not in self._fits:
-            tables = self.profile.tables if self.profile else ()
-            # bytes have no shape or dtype: any table of a copy will do
-            table = next((t for t in tables if (t.op, t.device) == key[:2]
-                          and (t.op == "copy" or (t.shape, t.dtype) == key[2:])), None)
-            self._fits[key] = TableFit(table) if table else None
-        fit = self._fits[key]
+        fit = self.fit(*key)
         return fit.lookup(points[fit.table.axes]) if fit and fit.table.axes in points else None
 
     def _count(self, cost: Cost) -> Cost:

@@ -23,8 +23,10 @@ class StepRecord:
 
 def home_ranks(trace: RoutingTrace, num_ranks: int) -> np.ndarray:
     """int32[token]: the rank that runs a token's attention; requests are dealt to ranks in turn."""
-    order = {request: place for place, request in enumerate(trace.requests().tolist())}
-    return np.array([order[request] % num_ranks for request in trace.request_id.tolist()], np.int32)
+    _, first, which = np.unique(trace.request_id, return_index=True, return_inverse=True)
+    place = np.empty(len(first), np.int64)
+    place[np.argsort(first)] = np.arange(len(first))  # in order of first appearance
+    return (place[which] % num_ranks).astype(np.int32)
 
 
 def expert_counts(expert_ids: np.ndarray, num_experts: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Compiled loops of `moesim.hardware` (numba); imported inside functions only."""
