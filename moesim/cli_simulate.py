@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesim.cli_common import JsonFlag, console, emit_json, show_files
+from moesim.cli_common import ExecutorOption, JsonFlag, console, emit_json, show_files
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def simulate(
     out: Annotated[Path, typer.Option(help="The *.result folder to write.")],
     point: Annotated[int | None, typer.Option(min=0, help="Which point of the study (default: 0).")] = None,
     plan: Annotated[Path | None, typer.Option(help="A *.plan.json to simulate instead of a point.")] = None,
+    executor: ExecutorOption = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Simulate one point of a study and write its whole result: every task, step, transfer."""
@@ -30,7 +31,7 @@ def simulate(
         raise InputError("give --point or --plan, not both")
     if out.exists() and not (out / "summary.json").is_file():
         raise InputError(f"{out}: exists and is no result folder; it is left as it is")
-    result = _one_result(load_scenario(scenario), study, point or 0, plan)
+    result = _one_result(load_scenario(scenario), study, point or 0, plan, executor)
     path = result.write(out)
     if json:
         emit_json({"name": result.name, "summary": result.summary, "file": path})
@@ -41,19 +42,19 @@ def simulate(
     show_files([path])
 
 
-def _one_result(scenario: Scenario, name: str, point: int, plan: Path | None) -> SimulationResult:
+def _one_result(scenario: Scenario, name: str, point: int, plan: Path | None, executor: str) -> SimulationResult:
     study = scenario.study(name)
     if study.kind == "expert_parallel":
-        return _expert_parallel(scenario, study, point, plan)
+        return _expert_parallel(scenario, study, point, plan, executor)
     if plan is not None:
         raise InputError(f"--plan needs a study of kind 'expert_parallel'; {name!r} is of kind {study.kind!r}")
     if study.kind == "validation":
         raise InputError(f"study {name!r} runs for real: use moesim validate")
-    return _offload(scenario, study, point)
+    return _offload(scenario, study, point, executor)
 
 
 def _expert_parallel(
-    scenario: Scenario, study: ExpertParallelStudy, point: int, plan: Path | None
+    scenario: Scenario, study: ExpertParallelStudy, point: int, plan: Path | None, executor: str
 ) -> SimulationResult:
     from moesim.scenario.expert_parallel import ExpertParallelSetup
     from moesim.scenario.inputs import load_inputs
@@ -61,16 +62,16 @@ def _expert_parallel(
 
     choices = study.placement.plans
     choice = PlanChoice(plan=str(plan)) if plan else choices[_checked(point, len(choices), study.name)]
-    return ExpertParallelSetup(load_inputs(scenario), study).point(choice).result
+    return ExpertParallelSetup(load_inputs(scenario), study, executor).point(choice).result
 
 
-def _offload(scenario: Scenario, study: OffloadStudy, point: int) -> SimulationResult:
+def _offload(scenario: Scenario, study: OffloadStudy, point: int, executor: str) -> SimulationResult:
     from moesim.scenario.inputs import load_inputs
     from moesim.scenario.offload import OffloadSetup
 
     points = study.expand()
     chosen = points[_checked(point, len(points), study.name)]
-    return OffloadSetup(load_inputs(scenario), study).point(chosen).result
+    return OffloadSetup(load_inputs(scenario), study, executor).point(chosen).result
 
 
 def _checked(point: int, num_points: int, name: str) -> int:

@@ -1,4 +1,4 @@
-"""The SimPy executor and its scheduler: the tie rule, an independent simulator, decisions, the critical path."""
+"""The executors: the tie rule, an independent simulator, decisions, the critical path; each rule on SimPy and compiled."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import CheckError
-from moesim.lowering.graph import ExecutorView, Resource, TaskGraph
-from moesim.simulate.critical_path import critical_path
+from moesim.lowering.graph import ExecutorView, Program, Resource, TaskGraph
+from moesim.lowering.task_arrays import arrays_of
+from moesim.simulate.compiled_executor import execute_program
+from moesim.simulate.critical_path import WAIT, critical_path
+from moesim.simulate.execution import Execution
 from moesim.simulate.result import CANCELLED, DONE
-from moesim.simulate.simpy_executor import run_simpy
+from moesim.simulate.simpy_executor import execute_simpy
 
 A, B = 0, 1
 TWO = (Resource("a", "a", "a"), Resource("b", "b", "b"))
@@ -41,9 +44,23 @@ class Scripted:
         return self.script(self.graph, view)
 
 
+@pytest.fixture(params=["simpy", "compiled"], scope="module", autouse=True)
+def executor(request: pytest.FixtureRequest) -> None:
+    """Run every test of this module on both executors."""
+    EXECUTE[0] = {"simpy": execute_simpy, "compiled": execute_program}[request.param]
+
+
+EXECUTE: list[Callable[[Program], Execution]] = [execute_simpy]
+
+
+def execute(program: Program) -> pd.DataFrame:
+    """The task table of a program, from the executor under test."""
+    return EXECUTE[0](program).table()
+
+
 def run(script: Script, resources: tuple[Resource, ...] = TWO) -> pd.DataFrame:
     """Simulate a script."""
-    return run_simpy(Scripted(TaskGraph(resources), script))
+    return execute(Scripted(TaskGraph(resources), script))
 
 
 def starts(tasks: pd.DataFrame) -> list[int]:
@@ -318,9 +335,9 @@ def step_by_step(case: Case) -> list[tuple[int, int, int]]:
 
 @settings(max_examples=50, deadline=None)
 @given(graphs())
-def test_simpy_agrees_with_a_simulator_that_steps_through_time(case: Case) -> None:
+def test_the_executor_agrees_with_a_simulator_that_steps_through_time(case: Case) -> None:
     """Ready, start and end of every task, to the nanosecond, on random graphs full of ties."""
-    tasks = run_simpy(program_of(case))
+    tasks = execute(program_of(case))
     found = list(zip(tasks["ready_ns"], tasks["start_ns"], tasks["end_ns"], strict=True))
     assert found == step_by_step(case)
 
@@ -329,33 +346,120 @@ def test_simpy_agrees_with_a_simulator_that_steps_through_time(case: Case) -> No
 @given(graphs())
 def test_two_runs_give_the_same_table(case: Case) -> None:
     """Nothing but the graph decides."""
-    assert run_simpy(program_of(case)).equals(run_simpy(program_of(case)))
+    assert execute(program_of(case)).equals(execute(program_of(case)))
 
 
 DIGEST = """
 import hashlib
 from moesim.lowering.graph import Resource, TaskGraph
 from moesim.simulate.simpy_executor import run_simpy
+from moesim.simulate.compiled_executor import run_compiled
 class Program:
     graph = TaskGraph(tuple(Resource(n, n, n, 1 + (n == "b")) for n in "abc"))
     def decisions(self, view):
         for round in range(20):
             last = [self.graph.add("load", i % 3, 1 + i * 7 % 5, priority=i % 2) for i in range(12)]
             yield self.graph.barrier(last[::2])
-print(hashlib.sha256(run_simpy(Program()).to_csv().encode()).hexdigest())
+for run in (run_simpy, run_compiled):
+    Program.graph = TaskGraph(Program.graph.resources)
+    print(hashlib.sha256(run(Program()).to_csv().encode()).hexdigest())
 """
 
 
 def test_the_table_does_not_depend_on_the_hash_seed() -> None:
-    """Two processes with different string hashes print the same bytes."""
+    """Two processes with different string hashes print the same bytes, twice."""
     root = Path(__file__).parent.parent
     environments = [os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(root)} for seed in ("0", "4242")]
     digests = {subprocess.run([sys.executable, "-c", DIGEST], env=env, capture_output=True, text=True,
                               check=True).stdout for env in environments}
     assert len(digests) == 1
+    assert len(set(digests.pop().split())) == 1, "SimPy and the compiled executor print the same"
 
 
 # ---------------------------------------------------------------- the critical path
+
+
+def step_back(execution: Execution, before: list[int]) -> dict[tuple[str, str], list[int]]:
+    """The critical path in plain Python: time and tasks by (resource, kind)."""
+    arrays = execution.arrays
+    start, end = execution.start_ns.tolist(), execution.end_ns.tolist()
+    names = [resource.name for resource in arrays.resources] + [""]
+    labels = [(names[resource], arrays.kinds[kind]) for resource, kind in zip(arrays.resource, arrays.kind, strict=True)]
+    spent: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    done = np.flatnonzero(execution.done).tolist()
+    task, origin = max(done, key=lambda task: (end[task], -task)), min(start[task] for task in done)
+    cursor = end[task]
+    while cursor > origin:
+        if cursor > start[task]:
+            spent[labels[task]][0] += cursor - start[task]
+            spent[labels[task]][1] += 1
+        cursor = min(cursor, start[task])
+        deps = arrays.deps[arrays.dep_offsets[task]:arrays.dep_offsets[task + 1]].tolist()
+        candidates = [dep for dep in (*deps, before[task]) if dep >= 0]
+        if not candidates:
+            if cursor > origin:
+                spent[WAIT, WAIT][0] += cursor - origin
+            break
+        task = max(candidates, key=lambda dep: (end[dep], dep))
+        if cursor > end[task]:
+            spent[WAIT, WAIT][0] += cursor - end[task]
+            spent[WAIT, WAIT][1] += 1
+            cursor = end[task]
+    return spent
+
+
+def before_on_resource(execution: Execution) -> list[int]:
+    """For each task the one on its resource with the latest end (then id) not after its start, or -1."""
+    start, end, resource = execution.start_ns, execution.end_ns, execution.arrays.resource
+    real = np.flatnonzero(execution.on_resource).tolist()
+    before = [-1] * len(execution)
+    for task in real:
+        earlier = [(end[other], other) for other in real if resource[other] == resource[task] and end[other] <= start[task]]
+        latest = max(earlier)[1] if earlier else -1
+        before[task] = -1 if latest == task else latest
+    return before
+
+
+def by_label(path: pd.DataFrame) -> dict[tuple[str, str], list[int]]:
+    """A critical path as `step_back` tells it."""
+    return {(row.resource, row.kind): [row.time_ns, row.num_tasks] for row in path.itertuples()}
+
+
+def measured(seed: int) -> Execution:
+    """Times as of a real run: gaps, overlaps on one resource, tasks of no length, two resources of one name."""
+    rng = np.random.default_rng(seed)
+    graph = TaskGraph((Resource("a", "g", "l"), Resource("a", "h", "l"), Resource("wait", "g", "m")))
+    state = (rng.random(30) < 0.1).astype(np.int8)
+    state[0] = DONE
+    for task in range(30):
+        deps = sorted(set(rng.integers(0, task, rng.integers(0, 3)).tolist())) if task else []
+        deps = [dep for dep in deps if state[dep] == DONE]
+        graph.add(("load", "expert", "wait")[rng.integers(3)], int(rng.integers(-1, 3)), 1, deps)
+    start, end = np.full(30, -1), np.full(30, -1)
+    for task in np.flatnonzero(state == DONE).tolist():
+        start[task] = max([5, *(end[dep] for dep in graph.deps[task])]) + rng.integers(0, 6)
+        end[task] = start[task] + (rng.integers(0, 9) if graph.resource[task] >= 0 else 0)
+    return Execution(arrays_of(graph), start, start, end, np.zeros(30, np.int64), state)
+
+
+def test_the_critical_path_is_that_of_plain_python() -> None:
+    """Row for row on simulated and on made-up measured runs, in order of time, resource, kind."""
+    for seed in range(150):
+        execution = measured(seed)
+        path = critical_path(execution)
+        assert by_label(path) == step_back(execution, before_on_resource(execution))
+        rows = [(-time_ns, resource, kind) for resource, kind, time_ns, _ in path.itertuples(index=False)]
+        assert rows == sorted(rows)
+        assert -sum(row[0] for row in rows) == execution.end_ns.max() - execution.start_ns[execution.done].min()
+
+
+@settings(max_examples=30, deadline=None)
+@given(graphs())
+def test_the_critical_path_of_a_simulated_run_is_that_of_plain_python(case: Case) -> None:
+    """Also where lanes overlap on one resource."""
+    execution = EXECUTE[0](program_of(case))
+    if execution.end_ns.max() > 0:
+        assert by_label(critical_path(execution)) == step_back(execution, before_on_resource(execution))
 
 
 @settings(max_examples=30, deadline=None)
@@ -366,8 +470,8 @@ def test_the_critical_path_sums_to_the_makespan(case: Case) -> None:
     tied = tuple((*task[:3], (*task[3], *case.awaited[:stage])) if stage else task
                  for task, stage in zip(case.tasks, case.stage, strict=True))
     program = program_of(dataclasses.replace(case, tasks=tied))
-    tasks = run_simpy(program)
-    path = critical_path(program.graph, tasks)
+    execution = EXECUTE[0](program)
+    tasks, path = execution.table(), critical_path(execution)
     assert path["time_ns"].sum() == tasks["end_ns"].max() - tasks["start_ns"].min()
     busy: dict[tuple[str, str], int] = defaultdict(int)
     for resource, kind, duration in zip(tasks["resource"], tasks["kind"], tasks["duration_ns"], strict=True):
@@ -387,7 +491,7 @@ def test_the_critical_path_of_a_fork_follows_the_longer_branch() -> None:
         yield graph.add("head", A, 3, [copied, computed])
 
     program = Scripted(TaskGraph(TWO), script)
-    path = critical_path(program.graph, run_simpy(program)).set_index(["resource", "kind"])["time_ns"].to_dict()
+    path = critical_path(EXECUTE[0](program)).set_index(["resource", "kind"])["time_ns"].to_dict()
     assert path == {("b", "load"): 20, ("a", "attention"): 5, ("a", "head"): 3}
 
 
@@ -396,8 +500,8 @@ def test_time_in_which_nothing_ran_is_named_wait() -> None:
     graph = TaskGraph(TWO)
     first = graph.add("router", A, 10)
     graph.add("expert", A, 5, [first])
-    tasks = pd.DataFrame({"resource": ["a", "a"], "kind": ["router", "expert"], "state": [DONE, DONE],
-                          "start_ns": [100, 117], "end_ns": [110, 122]})
-    path = critical_path(graph, tasks).set_index("kind")["time_ns"].to_dict()
+    start, zero = np.array([100, 117]), np.zeros(2, np.int64)
+    real = Execution(arrays_of(graph), start, start, np.array([110, 122]), zero, np.full(2, DONE, np.int8))
+    path = critical_path(real).set_index("kind")["time_ns"].to_dict()
     assert path == {"router": 10, "wait": 7, "expert": 5}
     assert np.sum(list(path.values())) == 22

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moesim.errors import InputError
+from moesim.errors import CheckError, InputError
 from moesim.lowering.batch import StepRecord
 from moesim.lowering.graph import ExecutorView, Resource, TaskGraph
 from moesim.simulate.result import SimulationResult, read_result
 from moesim.simulate.run import simulate
+from moesim.simulate.simpy_executor import execute_simpy, run_simpy
 from moesim.simulate.study import StudyResult, read_study
 from moesim.traces.steps import Step
 from moesim.traces.trace import DECODE, PREFILL, RoutingTrace
@@ -100,6 +101,87 @@ def test_transfers_sources_and_bounds_are_counted() -> None:
     assert result.summary["cost_sources"] == {"measured": 5, "nameplate": 2}
     assert result.summary["bound_by"] == {"gpu.compute": 1.0}
     assert (result.summary["num_tasks"], result.summary["num_cancelled"]) == (7, 0)
+
+
+def requests_one_by_one(program: Stepped, steps: pd.DataFrame) -> list[tuple[int, int, int, float, int]]:
+    """The request table in plain Python, one step and request at a time."""
+    seen: dict[int, list[int]] = {}
+    for record, start, end in zip(program.steps, steps["start_ns"], steps["end_ns"], strict=True):
+        for request in sorted(set(record.step.requests.tolist())):
+            entry = seen.setdefault(request, [int(start), int(end), int(end), 0])
+            if record.step.phase == "prefill":
+                entry[1], entry[3] = int(end), 1
+            else:
+                entry[3] += 1
+            entry[2] = int(end)
+    return [(request, output, first - start, (last - first) / (output - 1) if output > 1 else np.nan, last - start)
+            for request, (start, first, last, output) in seen.items()]
+
+
+def test_requests_of_random_loops_are_counted_as_one_by_one() -> None:
+    """Prompts in pieces, prompts after decoding, requests that come and go, in order of admission."""
+    for seed in range(30):
+        rng, program = np.random.default_rng(seed), closed_loop()
+        program.lengths_ns = rng.integers(1, 1000, 12).tolist()
+        program.steps = [
+            StepRecord(Step(n, ("prefill", "decode")[rng.integers(2)], np.arange(len(ids)), ids.astype(np.int32)), len(ids))
+            for n, ids in enumerate(rng.integers(5, 9, rng.integers(1, 6)) for _ in range(12))]
+        result = simulate(program)
+        expected = pd.DataFrame(requests_one_by_one(program, result.tables["steps"]),
+                                columns=["request_id", "output_tokens", "ttft_ns", "tpot_ns", "e2e_ns"])
+        pd.testing.assert_frame_equal(result.tables["requests"], expected, check_exact=True)
+
+
+def test_everything_is_derived_from_the_execution_and_not_from_the_graph() -> None:
+    """An engine of its own may leave the program's graph empty; the result is that of SimPy."""
+    expected, program = simulate(closed_loop()), closed_loop()
+    whole = execute_simpy(program)
+    program.graph = TaskGraph(program.graph.resources)
+    result = simulate(program, executor=lambda _: whole)
+    assert len(program.graph) == 0
+    assert result.summary == expected.summary
+    for name, table in expected.tables.items():
+        pd.testing.assert_frame_equal(result.tables[name], table)
+
+
+def test_an_executor_may_make_the_task_table_itself() -> None:
+    """A table beside the program's graph gives the same result, and is the very table of the result."""
+    expected, made = simulate(closed_loop()), []
+    result = simulate(closed_loop(), executor=lambda program: made.append(run_simpy(program)) or made[0])
+    assert result.tasks is made[0]
+    assert result.summary == expected.summary
+    for name, table in expected.tables.items():
+        pd.testing.assert_frame_equal(result.tables[name], table)
+
+
+def test_the_task_table_says_what_the_graph_says() -> None:
+    """Column by column: names of kinds, resources, lanes, groups and sources; a barrier has none of the last four."""
+    program = closed_loop()
+    program.graph.barrier([], step=4)
+    program.graph.add("other", 1, 3, source="guess", flops=2.5, tokens=7)
+    execution = execute_simpy(program)
+    table, graph = execution.table(), program.graph
+    resources = [graph.resources[place] if place >= 0 else Resource("", "", "") for place in graph.resource]
+    assert table["kind"].tolist() == graph.kind
+    assert table["source"].tolist() == graph.source
+    assert table["flops"].tolist() == graph.flops
+    for column, attribute in (("resource", "name"), ("lane", "lane"), ("group", "group")):
+        assert table[column].tolist() == [getattr(resource, attribute) for resource in resources]
+        assert table[column].dtype == pd.Series(["text"]).dtype
+    for name, values in graph.labels.items():
+        assert table[name].tolist() == values
+    assert table["task"].tolist() == list(range(len(graph)))
+    assert table["duration_ns"].tolist() == graph.duration_ns
+    assert (table["state"].dtype, table["start_ns"].dtype) == (np.int8, np.int64)
+
+
+def test_an_execution_checks_and_guards_its_columns() -> None:
+    """A column of another length is named; what is handed out cannot be written."""
+    execution = execute_simpy(closed_loop())
+    with pytest.raises(CheckError, match=r"state has shape \(3,\) for 7 tasks"):
+        dataclasses.replace(execution, state=execution.state[:3])
+    with pytest.raises(ValueError, match="read-only"):
+        execution.start_ns[0] = 1
 
 
 # ---------------------------------------------------------------- on disk

@@ -26,6 +26,7 @@ from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note
 from moesim.scenario.placing import TRAIN_STEPS, full_steps, with_costs
 from moesim.scenario.schema import ExpertParallelStudy, PlanChoice
 from moesim.simulate.critical_path import bounded_by
+from moesim.simulate.executors import AUTO, executor_of
 from moesim.simulate.result import SimulationResult
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
@@ -64,8 +65,9 @@ class PlannedPoint:
 class ExpertParallelSetup:
     """Everything that the plans of a study share. Plans are made from `train`, judged on `test`."""
 
-    def __init__(self, inputs: Inputs, study: ExpertParallelStudy) -> None:
+    def __init__(self, inputs: Inputs, study: ExpertParallelStudy, executor: str = AUTO) -> None:
         self.inputs, self.study, self.seed = inputs, study, inputs.scenario.seed
+        self.execute = executor_of(executor)
         self.hardware: HardwareSpec
         self.cost: CostModel
         self.hardware, self.cost = load_machine(study.hardware, study.profile)
@@ -135,18 +137,18 @@ class ExpertParallelSetup:
         assert plan is not None  # place() raises otherwise
         return plan
 
-    def program(self, plan: PlacementPlan) -> ExpertParallelProgram:
-        """Lower the judged steps under a plan."""
-        system = self.study.system
+    def program(self, plan: PlacementPlan, cost: CostModel | None = None) -> ExpertParallelProgram:
+        """Lower the judged steps under a plan, on the study's machine or on one with other costs."""
+        system, cost = self.study.system, cost or self.cost
         if system.execution == "coherent":
-            return ContextCoherentProgram(self.inputs.model, self.test, self.steps, plan, self.cost,
+            return ContextCoherentProgram(self.inputs.model, self.test, self.steps, plan, cost,
                                    dispatch_bytes=system.dispatch_bytes, gather=system.gather)
         return ExpertParallelProgram(
             self.inputs.model,
             self.test,
             self.steps,
             plan,
-            self.cost,
+            cost,
             dispatch_bytes=system.dispatch_bytes,
             collective=system.collective,
             balancer=system.balancer.options,
@@ -159,7 +161,8 @@ class ExpertParallelSetup:
         warmup = self.study.workload.warmup_steps
         provenance = self.inputs.provenance | {"study": self.study.name, "placement": choice.label}
         result = simulate(
-            program, name=f"{self.study.name}/{choice.label}", warmup_steps=warmup, provenance=provenance
+            program, name=f"{self.study.name}/{choice.label}", warmup_steps=warmup, executor=self.execute,
+            provenance=provenance,
         )
         return PlannedPoint(choice.label, plan, self._row(choice, plan, program, result), result)
 

@@ -28,6 +28,7 @@ from moesim.model.spec import ModelSpec
 from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note
 from moesim.scenario.schema import NO_PREFETCH, OffloadStudy, Point
 from moesim.simulate.critical_path import bounded_by
+from moesim.simulate.executors import AUTO, executor_of
 from moesim.simulate.result import SimulationResult
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
@@ -142,8 +143,8 @@ class OffloadPoint:
 class OffloadSetup:
     """Everything that the points of a study share."""
 
-    def __init__(self, inputs: Inputs, study: OffloadStudy) -> None:
-        self.inputs, self.study = inputs, study
+    def __init__(self, inputs: Inputs, study: OffloadStudy, executor: str = AUTO) -> None:
+        self.inputs, self.study, self.execute = inputs, study, executor_of(executor)
         self.hardware, self.cost = load_machine(study.hardware, study.profile)
         seed = inputs.scenario.seed
         train, test = split_requests(inputs.trace, study.cache.train_fraction, seed)
@@ -171,7 +172,8 @@ class OffloadSetup:
         provenance = self.inputs.provenance | {"study": self.study.name, "point": label}
         warmup = self.study.workload.warmup_steps
         result = simulate(
-            program, name=f"{self.study.name}/{label}", warmup_steps=warmup, provenance=provenance
+            program, name=f"{self.study.name}/{label}", warmup_steps=warmup, executor=self.execute,
+            provenance=provenance,
         )
         return OffloadPoint(label, self._row(point, result), result)
 

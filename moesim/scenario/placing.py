@@ -32,6 +32,7 @@ from moesim.placement.plan import PlacementPlan
 from moesim.placement.problem import PlacementProblem
 from moesim.placement.sample_size import tokens_needed
 from moesim.placement.step_sample import ExchangeRates
+from moesim.simulate.executors import execute
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
 from moesim.traces.steps import Step, closed_loop_steps
@@ -145,7 +146,7 @@ class PlaceSetup:
 
     def simulated_step_s(self, plan: PlacementPlan) -> float:
         """Return the simulated time of a judged step under `plan`, seconds."""
-        result = simulate(self.program(plan, self.judge_steps), name="place")
+        result = simulate(self.program(plan, self.judge_steps), name="place", executor=execute)
         return float(result.summary["step_time_s"])
 
     def program(self, plan: PlacementPlan, steps: list[Step]) -> Any:
@@ -168,7 +169,7 @@ class PlaceSetup:
             kept = kept_transitions(plan, np.asarray(problem.transitions), problem.ranks_per_node)
             facts |= {f"kept_on_{scope}_fraction": value for scope, value in kept.items()}
         program = self.program(plan, self.judge_steps)
-        facts["step_time_s"] = float(simulate(program, name="place").summary["step_time_s"])
+        facts["step_time_s"] = float(simulate(program, name="place", executor=execute).summary["step_time_s"])
         facts |= self._traffic(program)
         if self.request.current is not None:
             facts["migration_bytes"] = OBJECTIVES["migration"].value(self.problem, plan)

@@ -16,6 +16,7 @@ from moesim.placement.place import place
 from moesim.placement.plan import PlacementPlan
 from moesim.placement.problem import PlacementProblem
 from moesim.scenario.placing import PlaceSetup
+from moesim.simulate.executors import execute
 from moesim.simulate.run import simulate
 from moesim.traces.stats import load_counts, transition_counts
 from moesim.traces.steps import Step
@@ -98,7 +99,7 @@ class Replanner:
 
     def _seconds(self, plan: PlacementPlan, steps: list[Step]) -> float:
         renumbered = [dataclasses.replace(step, index=index) for index, step in enumerate(steps)]
-        result = simulate(self.setup.program(plan, renumbered), name="rolling")
+        result = simulate(self.setup.program(plan, renumbered), name="rolling", executor=execute)
         return float(result.summary["step_time_s"])
 
     def _replan(self, window: list[Step], current: PlacementPlan) -> PlacementPlan:

@@ -21,6 +21,7 @@ from moesim.scenario.offload import OffloadSetup
 from moesim.scenario.reporter import Reporter
 from moesim.scenario.schema import ExpertParallelStudy, OffloadStudy, Scenario, ValidationStudy
 from moesim.scenario.validation import run_validation
+from moesim.simulate.executors import AUTO
 from moesim.simulate.study import StudyResult
 
 VERSIONED = ("moesim", "simpy", "numpy", "pandas", "pyarrow", "ortools", "scipy", "torch")
@@ -42,6 +43,7 @@ class _Run:
     output: Path
     reporter: Reporter
     files: list[Path]
+    executor: str = AUTO
 
     def finish(self, study: StudyResult) -> StudyResult:
         """Write a study's table and show it."""
@@ -50,13 +52,14 @@ class _Run:
         return study
 
 
-def run_scenario(scenario: Scenario, output: Path, reporter: Reporter, only: str | None = None) -> RunOutcome:
+def run_scenario(scenario: Scenario, output: Path, reporter: Reporter, only: str | None = None,
+                 executor: str = AUTO) -> RunOutcome:
     """Run every study of a scenario (or the one named `only`) and write tables, results, timelines and a report.
 
     A validation study is left out, with a message, where torch is not installed.
     """
     chosen = [scenario.study(only)] if only else list(scenario.studies)
-    run = _Run(load_inputs(scenario), output, reporter, [])
+    run = _Run(load_inputs(scenario), output, reporter, [], executor)
     studies = []
     for study in chosen:
         try:
@@ -71,7 +74,7 @@ def run_scenario(scenario: Scenario, output: Path, reporter: Reporter, only: str
 
 def _run_expert_parallel(run: _Run, study: ExpertParallelStudy) -> StudyResult:
     run.reporter.study_started(study.name, study.heading, len(study.placement.plans))
-    setup = ExpertParallelSetup(run.inputs, study)
+    setup = ExpertParallelSetup(run.inputs, study, run.executor)
     rows, best, sources = [], None, Counter[str]()
     for point in setup.points():
         rows.append(point.row)
@@ -89,7 +92,7 @@ def _run_expert_parallel(run: _Run, study: ExpertParallelStudy) -> StudyResult:
 
 def _run_offload(run: _Run, study: OffloadStudy) -> StudyResult:
     run.reporter.study_started(study.name, study.heading, len(study.expand()))
-    setup = OffloadSetup(run.inputs, study)
+    setup = OffloadSetup(run.inputs, study, run.executor)
     rows, best, sources = [], None, Counter[str]()
     for point in setup.points():
         rows.append(point.row)

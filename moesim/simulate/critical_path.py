@@ -3,51 +3,46 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from moesim.lowering.graph import TaskGraph
-from moesim.simulate.result import DONE
+from moesim.simulate.execution import Execution, plain
+
+if TYPE_CHECKING:
+    from moesim.simulate.kernels.critical_path import Run
 
 WAIT = "wait"
 
 
-def critical_path(graph: TaskGraph, tasks: pd.DataFrame) -> pd.DataFrame:
+def critical_path(execution: Execution) -> pd.DataFrame:
     """Walk back from the last task to the first and say what each instant was spent on.
 
     Before a task came the later of its dependencies and the task that its resource ran before it. In a
     simulated run the two ends meet exactly; in a real run the gap between them is ``wait`` (start-up of
     threads and kernels).
 
+    Args:
+        execution: a whole run, of which at least one task is done.
+
     Returns:
         frame of resource, kind, time_ns, num_tasks; `time_ns` sums to the makespan.
     """
-    start, end = tasks["start_ns"].to_numpy(), tasks["end_ns"].to_numpy()
-    labels = list(zip(tasks["resource"].tolist(), tasks["kind"].tolist(), strict=True))
-    done = tasks["state"].to_numpy() == DONE
-    before = _previous_on_resource(np.asarray(graph.resource), start, end, done)
-    spent: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    task = int(np.argmax(np.where(done, end, -1)))
-    origin = int(start[done].min())
-    cursor = int(end[task])
-    while cursor > origin:
-        if cursor > start[task]:
-            spent[labels[task]][0] += cursor - int(start[task])
-            spent[labels[task]][1] += 1
-        cursor = min(cursor, int(start[task]))
-        candidates = [dep for dep in (*graph.deps[task], before[task]) if dep >= 0]
-        if not candidates:
-            if cursor == origin:
-                break
-            spent[(WAIT, WAIT)][0] += cursor - origin
-            break
-        task = max(candidates, key=lambda dep: (end[dep], dep))
-        if (gap := cursor - int(end[task])) > 0:
-            spent[(WAIT, WAIT)][0] += gap
-            spent[(WAIT, WAIT)][1] += 1
-            cursor = int(end[task])
-    rows = [(resource, kind, time_ns, count) for (resource, kind), (time_ns, count) in spent.items()]
+    from moesim.simulate.kernels.critical_path import walk
+
+    arrays, run = execution.arrays, _run_of(execution)
+    spent = np.zeros((len(arrays.resources) + 1, len(arrays.kinds), 2), np.int64)
+    waited = np.zeros(2, np.int64)
+    last = int(np.argmax(np.where(run.done, run.end, -1)))
+    walk(run, last, int(run.start[run.done].min()), spent, waited)
+    names = [*(resource.name for resource in arrays.resources), ""]
+    by_label: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(2, np.int64))
+    for resource, kind in np.argwhere(spent[:, :, 0]).tolist():
+        by_label[names[resource], arrays.kinds[kind]] += spent[resource, kind]
+    if waited[0]:
+        by_label[WAIT, WAIT] += waited
+    rows = [(*label, *counts.tolist()) for label, counts in by_label.items()]
     frame = pd.DataFrame(rows, columns=["resource", "kind", "time_ns", "num_tasks"])
     return frame.sort_values(["time_ns", "resource", "kind"], ascending=[False, True, True], ignore_index=True)
 
@@ -58,13 +53,18 @@ def bounded_by(path: pd.DataFrame) -> str:
     return f"{by_kind.idxmax()} {100 * by_kind.max() / by_kind.sum():.0f}%"
 
 
-def _previous_on_resource(resource: np.ndarray, start: np.ndarray, end: np.ndarray, done: np.ndarray) -> np.ndarray:
-    """int64[task]: the task on the same resource with the latest end not after this one's start, or -1."""
-    before = np.full(len(resource), -1, np.int64)
-    for index in np.unique(resource[done & (resource >= 0)]):
-        members = np.flatnonzero(done & (resource == index))
-        by_end = members[np.argsort(end[members], kind="stable")]
-        place = np.searchsorted(end[by_end], start[members], side="right") - 1
-        found = np.where(place >= 0, by_end[np.maximum(place, 0)], -1)
-        before[members] = np.where(found == members, -1, found)
-    return before
+def _run_of(execution: Execution) -> Run:
+    """Return the columns in the types that the kernels were compiled for, and each resource's tasks by their ends."""
+    from moesim.simulate.kernels.critical_path import Run, by_resource
+
+    arrays = execution.arrays
+    resource, kind = plain(arrays.resource, np.int32), plain(arrays.kind, np.int16)
+    end, done = plain(execution.end_ns, np.int64), plain(execution.done, np.bool_)
+    by_end = np.empty(int(execution.on_resource.sum()), np.int64)
+    first, in_order = np.empty(len(arrays.resources) + 1, np.int64), np.empty(len(arrays.resources), np.bool_)
+    by_resource(resource, end, done, by_end, first, in_order)
+    for index in np.flatnonzero(~in_order).tolist():
+        members = by_end[first[index]:first[index + 1]]
+        members[:] = members[np.argsort(end[members], kind="stable")]
+    return Run(resource, kind, plain(execution.start_ns, np.int64), end, done, plain(arrays.dep_offsets, np.int64),
+               plain(arrays.deps, np.int64), by_end, first)

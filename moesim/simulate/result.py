@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pandas as pd
 
 from moesim.artifacts import atomic_folder, write_json
 from moesim.errors import InputError
-from moesim.lowering.graph import LABELS, TaskGraph
+from moesim.lowering.graph import TaskGraph
+from moesim.lowering.task_arrays import TaskArrays, arrays_of
 
 SCHEMA = "moesim.result/1"
 DONE, CANCELLED = 0, 1
-TABLES = ("tasks", "steps", "layers", "requests", "transfers", "cache", "critical_path")
+TABLES = ("tasks", "deps", "steps", "layers", "requests", "transfers", "cache", "critical_path")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SimulationResult:
     - ``tasks``: task, kind, resource, lane, group, state (0 done, 1 cancelled), priority, ready_ns,
       start_ns, end_ns, duration_ns, rank, step, layer, expert, slot, chunk, tokens, num_bytes, flops, source
       (a task that was cancelled has start_ns = end_ns = -1);
+    - ``deps``: task, dep: one row for each task that a task waits for;
     - ``steps``: step, phase, tokens, start_ns, end_ns; ``layers``: step, layer and what bounded it;
     - ``requests``: request_id, ttft_ns, tpot_ns, e2e_ns, output_tokens;
     - ``transfers``: resource, kind, num_transfers, num_bytes, busy_ns;
@@ -94,33 +97,39 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def task_table(
-    graph: TaskGraph,
+    tasks: TaskGraph | TaskArrays,
     ready_ns: np.ndarray,
     start_ns: np.ndarray,
     end_ns: np.ndarray,
     priority: np.ndarray,
     state: np.ndarray,
+    ids: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """Build the ``tasks`` table from a graph and int64[task] times (every executor ends here)."""
-    resource = np.asarray(graph.resource, dtype=np.int64)
-    parts = [(r.name, r.lane, r.group) for r in graph.resources] + [("", "", "")]
-    names, lanes, groups = (np.array(column, dtype=object)[resource] for column in zip(*parts, strict=True))
+    """Build the ``tasks`` table from tasks and int64[task] times; `ids` where the tasks are not consecutive."""
+    arrays = tasks if isinstance(tasks, TaskArrays) else arrays_of(tasks)
+    parts = [(r.name, r.lane, r.group) for r in arrays.resources] + [("", "", "")]
+    names, lanes, groups = (_spread(column, arrays.resource) for column in zip(*parts, strict=True))
     columns: dict[str, Any] = {
-        "task": np.arange(len(graph), dtype=np.int64),
-        "kind": graph.kind,
+        "task": np.arange(arrays.first, arrays.first + len(arrays), dtype=np.int64) if ids is None else ids,
+        "kind": _spread(arrays.kinds, arrays.kind),
         "resource": names,
         "lane": lanes,
         "group": groups,
-        "state": state.astype(np.int8),
-        "priority": priority.astype(np.int64),
-        "ready_ns": ready_ns.astype(np.int64),
-        "start_ns": start_ns.astype(np.int64),
-        "end_ns": end_ns.astype(np.int64),
-        "duration_ns": (end_ns - start_ns).astype(np.int64),
+        "state": np.asarray(state, np.int8),
+        "priority": np.asarray(priority, np.int64),
+        "ready_ns": np.asarray(ready_ns, np.int64),
+        "start_ns": np.asarray(start_ns, np.int64),
+        "end_ns": np.asarray(end_ns, np.int64),
+        "duration_ns": np.asarray(end_ns - start_ns, np.int64),
     }
-    columns |= {name: graph.column(name) for name in LABELS}
-    columns |= {"flops": np.asarray(graph.flops, dtype=np.float64), "source": graph.source}
+    columns |= arrays.labels
+    columns |= {"flops": arrays.flops, "source": _spread(arrays.sources, arrays.source)}
     return pd.DataFrame(columns)
+
+
+def _spread(names: Sequence[str], codes: np.ndarray) -> Any:
+    """Return the name behind each code (-1: the last), as the text array that pandas would make of them."""
+    return pd.Series(names).array.take(np.where(codes < 0, len(names) - 1, codes).astype(np.int64))
 
 
 def summary_json(result: SimulationResult) -> str:

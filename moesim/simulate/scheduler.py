@@ -7,14 +7,16 @@ decide, `pop` when a resource has a free lane, `complete` when a task has ended.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from moesim.errors import CheckError
 from moesim.lowering.graph import Program
-from moesim.simulate.result import CANCELLED, DONE, task_table
+from moesim.lowering.task_arrays import arrays_of
+from moesim.simulate.execution import Execution
+from moesim.simulate.result import CANCELLED, DONE
 
 _WAITING, _READY, _RUNNING, _DONE, _CANCELLED = range(5)
 
@@ -149,19 +151,26 @@ class Scheduler:
                 self._phase[task] = _READY
                 heapq.heappush(self._queues[resource], (self._priority[task], self._ready[task], task))
 
-    def table(self) -> pd.DataFrame:
-        """Return the ``tasks`` table.
+    def execution(self) -> Execution:
+        """Return what became of every task.
 
         Raises:
             CheckError: tasks that never ran (they wait for one that was cancelled).
         """
-        stuck = self._live()
-        if stuck or self._awaited is not None:
-            raise CheckError(
-                f"{len(stuck)} tasks never ran, the first are {stuck[:3]}; the program waits for {self._awaited}"
-            )
-        state = np.where(np.asarray(self._phase) == _DONE, DONE, CANCELLED)
+        check_all_ran(self._live(), self._awaited)
+        state = np.where(np.asarray(self._phase, dtype=np.int64) == _DONE, DONE, CANCELLED).astype(np.int8)
         ready, start, end, priority = (
-            np.asarray(column, dtype=np.int64) for column in (self._ready, self._start, self._end, self._priority)
+            np.asarray(column, dtype=np.int64) for column in (self._ready, self._start, self._end, self._priority))
+        return Execution(arrays_of(self.graph), ready, start, end, priority, state)
+
+    def table(self) -> pd.DataFrame:
+        """Return the ``tasks`` table; raises as `execution`."""
+        return self.execution().table()
+
+
+def check_all_ran(stuck: Sequence[int], awaited: int | None) -> None:
+    """Raise CheckError if tasks were left when nothing could run any more, or the program still waits for one."""
+    if len(stuck) or awaited is not None:
+        raise CheckError(
+            f"{len(stuck)} tasks never ran, the first are {list(stuck[:3])}; the program waits for {awaited}"
         )
-        return task_table(self.graph, ready, start, end, priority, state)

@@ -12,6 +12,7 @@ import simpy
 from simpy.events import EventPriority
 
 from moesim.lowering.graph import Program
+from moesim.simulate.execution import Execution
 from moesim.simulate.scheduler import Scheduler
 
 SETTLE_PRIORITY = EventPriority(9)
@@ -27,11 +28,11 @@ class SimpyExecutor:
         self._free = [resource.capacity for resource in self._graph.resources]
         self._settling = False
 
-    def run(self) -> pd.DataFrame:
-        """Run to the end and return the ``tasks`` table; raises CheckError for tasks that can never run."""
+    def run(self) -> Execution:
+        """Run to the end; raises CheckError for tasks that can never run."""
         self._settle_soon()
         self._env.run()
-        return self._scheduler.table()
+        return self._scheduler.execution()
 
     def _settle_soon(self) -> None:
         if not self._settling:
@@ -60,6 +61,11 @@ class SimpyExecutor:
         self._settle_soon()
 
 
+def execute_simpy(program: Program) -> Execution:
+    """Run a program on SimPy (integer nanoseconds)."""
+    return SimpyExecutor(program).run()
+
+
 def run_simpy(program: Program) -> pd.DataFrame:
     """Run a program on SimPy and return its ``tasks`` table (integer nanoseconds)."""
-    return SimpyExecutor(program).run()
+    return execute_simpy(program).table()
