@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesim import __version__
+from moesim.cli_calibrate import calibrate_app
 from moesim.cli_catalog import hardware_app, model_app
-from moesim.cli_common import JsonFlag, OneLineErrors, console, emit_json, output_folder, plain, show_files
+from moesim.cli_common import (
+    ExecutorOption,
+    JsonFlag,
+    OneLineErrors,
+    console,
+    emit_json,
+    output_folder,
+    plain,
+    show_files,
+)
 from moesim.cli_export import export
-from moesim.cli_measure import calibrate, validate
+from moesim.cli_measure import validate
 from moesim.cli_place import place_app
 from moesim.cli_simulate import simulate
+from moesim.cli_sweep import compile_, sweep
 from moesim.cli_trace import trace_app
 
 if TYPE_CHECKING:
@@ -49,6 +60,7 @@ def run(
     scenario: Annotated[Path, typer.Argument(help="A scenario file (YAML).")],
     output: Annotated[Path | None, typer.Option(help="Folder to write to (default: the scenario's).")] = None,
     only: Annotated[str | None, typer.Option(metavar="STUDY", help="Run only this study.")] = None,
+    executor: ExecutorOption = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Run the studies of a scenario and write tables, results and a report."""
@@ -59,10 +71,10 @@ def run(
     loaded = load_scenario(scenario)
     folder = output_folder(output, loaded.output_folder)
     if json:
-        emit_json(_outcome(loaded.name, run_scenario(loaded, folder, QuietReporter(), only)))
+        emit_json(_outcome(loaded.name, run_scenario(loaded, folder, QuietReporter(), only, executor)))
         return
     with RichReporter(console(), console(stderr=True)) as reporter:
-        outcome = run_scenario(loaded, folder, reporter, only)
+        outcome = run_scenario(loaded, folder, reporter, only, executor)
     show_files(outcome.files)
 
 
@@ -114,8 +126,10 @@ app.add_typer(trace_app, name="trace")
 app.add_typer(place_app, name="place")
 app.add_typer(hardware_app, name="hardware")
 app.add_typer(model_app, name="model")
-app.command()(calibrate)
+app.add_typer(calibrate_app, name="calibrate")
 app.command()(simulate)
+app.command()(sweep)
+app.command("compile")(compile_)
 app.command()(validate)
 app.command()(export)
 

@@ -1,4 +1,4 @@
-"""``moesim calibrate`` and ``moesim validate``: what this machine takes, and how far predictions are off."""
+"""``moesim validate``: how far predictions are off; and the models of other sizes that are calibrated."""
 
 from __future__ import annotations
 
@@ -7,52 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesim.cli_common import (
-    JsonFlag,
-    SeedOption,
-    add_row,
-    console,
-    emit_json,
-    new_table,
-    output_folder,
-    progress_bar,
-    show_files,
-)
+from moesim.cli_common import JsonFlag, console, emit_json, output_folder, show_files
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
-    from moesim.hardware.profile import CalibrationProfile
     from moesim.model.spec import ModelSpec
     from moesim.scenario.schema import Scenario
-
-
-def calibrate(
-    out: Annotated[Path, typer.Option(help="The *.profile.json file to write.")] = Path("local.profile.json"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 180.0,
-    model: Annotated[str, typer.Option(help="Whose kernels: a catalog name or config.json.")] = "olmoe-1b-7b",
-    hidden: Annotated[int | None, typer.Option(min=1, help="Another hidden size.")] = None,
-    expert_intermediate: Annotated[int | None, typer.Option(min=1, help="Another expert width.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    seed: SeedOption = 0,
-    json: JsonFlag = False,
-) -> None:
-    """Measure this machine's kernels and copies with torch, and write a calibration profile."""
-    from moesim.calibrate.run import calibrate as measure
-    from moesim.model.catalog import load_model
-
-    if not 0 < seconds < float("inf"):
-        raise InputError(f"--seconds must be positive, got {seconds}")
-    spec = resized(load_model(model), hidden, expert_intermediate)
-    with progress_bar(quiet=json) as bar:
-        profile = measure(spec, device=device, seconds=seconds, seed=seed, dtype=dtype, progress=bar)
-    path = profile.write(out)
-    if json:
-        emit_json({"file": path, "name": profile.name, "fingerprint": profile.fingerprint,
-                   "tables": [_facts(table) for table in profile.tables]})
-        return
-    _show(profile)
-    show_files([path])
 
 
 def resized(model: ModelSpec, hidden: int | None, expert_intermediate: int | None) -> ModelSpec:
@@ -74,24 +34,6 @@ def resized(model: ModelSpec, hidden: int | None, expert_intermediate: int | Non
     heads = hidden // attention.head_dim
     small = dataclasses.replace(attention, num_heads=heads, num_kv_heads=min(attention.num_kv_heads, heads))
     return model.replace(hidden_size=hidden, attention=small)
-
-
-def _facts(table: object) -> dict[str, object]:
-    keys = ("op", "device", "shape", "dtype", "residual", "residual_max")
-    sizes = len(table.sizes)  # type: ignore[attr-defined]
-    return {key: getattr(table, key) for key in keys} | {"num_sizes": sizes}
-
-
-def _show(profile: CalibrationProfile) -> None:
-    from moesim.units import format_percent
-
-    table = new_table(f"{profile.name} ({profile.date})", "operation", "device", "shape", "dtype", "sizes>",
-                      "fit error>", "largest>", "spread>")
-    for row in profile.tables:
-        figures = (row.residual, row.residual_max, max(row.spread, default=None))
-        add_row(table, row.op, row.device, row.shape, row.dtype, len(row.sizes),
-                *(None if value is None else format_percent(value) for value in figures))
-    console().print(table)
 
 
 def validate(
