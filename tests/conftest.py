@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,9 @@ studies:
     points:
       - {policy: [lru, static], slots_per_layer: [2, 4]}
 """
+
+# packages that `tests/engines/install.sh python` unpacked; tests marked `engines` skip without them
+sys.path.append(str(Path(os.environ.get("MOESIM_ENGINES", "/tmp/moesim-engines")) / "site"))
 
 # a test that wants the compiled engines asks for them; none starts a process that compiles beside the others
 os.environ["MOESIM_BACKGROUND_COMPILE"] = "0"

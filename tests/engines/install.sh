@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Puts engines' packages where `pytest -m engines` looks for them: unpacked, without their dependencies.
-#   tests/engines/install.sh [sglang|ktransformers|vllm|vllm-ascend|deepspeed|llama.cpp]...     (default: all)
+#   tests/engines/install.sh [sglang|ktransformers|vllm|vllm-ascend|deepspeed|llama.cpp|python]...     (default: all)
 # MOESIM_ENGINES is the folder (default /tmp/moesim-engines), PYTHON the interpreter (default .venv/bin/python, with the
-# extras torch and hf). Downloads 395 MB, takes 1.4 GB. llama.cpp is compiled (a C++ compiler and cmake are needed): about five
-# minutes of one core; JOBS sets how many cores it may use (default 1).
+# extras torch and hf). Downloads 395 MB, takes 1.4 GB. llama.cpp is compiled twice (a C++ compiler and cmake are needed), as a
+# program and as a Python package: about five minutes of one core each; JOBS sets how many cores it may use (default 1).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 folder=${MOESIM_ENGINES:-/tmp/moesim-engines}
@@ -79,6 +79,12 @@ install_llama() { # the engine, its command line and its RPC server, whose CPU b
     > "$folder/llama-build.log"
 }
 
+install_python() { # packages that tests import themselves: llama.cpp's callback, GGUF files, measured kernel tables
+  CMAKE_ARGS="-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" \
+    CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-1} "$python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+    --target "$folder/site" llama-cpp-python==0.3.36 diskcache gguf==0.19.0 aiconfigurator-core==0.12.0
+}
+
 for engine in "${@:-all}"; do
   case $engine in
     sglang) install_sglang ;;
@@ -87,8 +93,9 @@ for engine in "${@:-all}"; do
     vllm-ascend) install_ascend ;;
     deepspeed) install_deepspeed ;;
     llama.cpp) install_llama ;;
-    all) install_sglang; install_ktransformers; install_vllm; install_ascend; install_deepspeed; install_llama ;;
-    *) echo "unknown engine '$engine'; known: sglang, ktransformers, vllm, vllm-ascend, deepspeed, llama.cpp" >&2; exit 2 ;;
+    python) install_python ;;
+    all) install_sglang; install_ktransformers; install_vllm; install_ascend; install_deepspeed; install_llama; install_python ;;
+    *) echo "unknown engine '$engine'; known: sglang, ktransformers, vllm, vllm-ascend, deepspeed, llama.cpp, python" >&2; exit 2 ;;
   esac
 done
 echo "in $folder: $(ls "$folder" | tr '\n' ' ')"
