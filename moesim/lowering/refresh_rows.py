@@ -59,13 +59,15 @@ def _released(setup: DiffusionSetup) -> Ran:
 
 
 def _best(setup: DiffusionSetup, problem: RefreshProblem, reset: bool) -> Ran:
-    largest = None if reset else 2 * int(problem.passes.steps_per_block().max())
+    _, lengths = np.unique(problem.passes.request, return_counts=True)
+    largest = None if reset else int(lengths.max())  # one refresh per request
     tau = best_fixed_interval(problem, reset_at_block=reset, largest=largest).tau
     return Ran(run_schedule(setup.test, FixedInterval(tau, reset).schedule(setup.test)), tau)
 
 
-def _pattern(setup: DiffusionSetup, common: bool) -> Ran:
-    pattern = train_pattern(setup.train, common=common)
+def _pattern(setup: DiffusionSetup, common: bool, whole_request: bool = False) -> Ran:
+    cycle = int(setup.train.passes.block.max()) + 1 if whole_request else 1
+    pattern = train_pattern(setup.train, common=common, blocks_per_cycle=cycle)
     return Ran(run_schedule(setup.test, pattern.schedule(setup.test)))
 
 
@@ -84,6 +86,8 @@ POLICIES: dict[str, tuple[str, Callable[[DiffusionSetup], Ran]]] = {
     "ski-rental": (CAUSAL, lambda setup: Ran(run_schedule(setup.test, SkiRental(setup.factor).schedule(setup.test)))),
     "pattern-trained": (TRAINED, lambda setup: _pattern(setup, False)),
     "pattern-common-trained": (TRAINED, lambda setup: _pattern(setup, True)),
+    "plan-trained": (TRAINED, lambda setup: _pattern(setup, False, whole_request=True)),
+    "plan-common-trained": (TRAINED, lambda setup: _pattern(setup, True, whole_request=True)),
     "interval-best": (OFFLINE, lambda setup: _best(setup, setup.test, True)),
     "optimal-common": (OFFLINE, lambda setup: _optimal(setup, True)),
     "optimal": (OFFLINE, lambda setup: _optimal(setup, False)),

@@ -103,16 +103,20 @@ def shortest_schedule(edges: np.ndarray) -> tuple[np.ndarray, int]:
 
 @dataclass(frozen=True)
 class BlockPattern:
-    """Refresh at the same passes of every block: bool[pass of the block, layer]; the first pass always.
+    """Refresh at the same passes of every cycle of blocks: bool[block of the cycle, pass of the block, layer].
 
-    What a block has beyond the pattern's length is not refreshed.
+    A cycle begins with a request's first block, and always with a refresh. A refresh that is planned for a pass which
+    its block does not reach happens at the first pass of the next block; what a block has beyond the pattern's length is
+    not refreshed. So the pattern needs no knowledge of when blocks will end.
     """
 
     refresh: np.ndarray
 
     def __post_init__(self) -> None:
-        if self.refresh.ndim != 2 or self.refresh.dtype != np.bool_ or not len(self.refresh) or not self.refresh[0].all():
-            raise InputError("block pattern: refresh must be bool[pass of the block, layer] and begin with a refresh")
+        shape = self.refresh.shape
+        if len(shape) != 3 or self.refresh.dtype != np.bool_ or 0 in shape or not self.refresh[0, 0].all():
+            raise InputError("block pattern: refresh must be bool[block of the cycle, pass of the block, layer] and "
+                             "begin with a refresh")
         self.refresh.setflags(write=False)
 
     def schedule(self, problem: RefreshProblem) -> np.ndarray:
@@ -121,42 +125,73 @@ class BlockPattern:
         Raises:
             InputError: a pattern of another number of layers.
         """
-        if self.refresh.shape[1] != problem.num_layers:
-            raise InputError(f"block pattern: it has {self.refresh.shape[1]} layers, the problem {problem.num_layers}")
-        step = problem.passes.step_in_block
-        return self.refresh[np.minimum(step, len(self.refresh) - 1)] & (step < len(self.refresh))[:, None]
+        cycle, longest, layers = self.refresh.shape
+        if layers != problem.num_layers:
+            raise InputError(f"block pattern: it has {layers} layers, the problem {problem.num_layers}")
+        found = np.zeros((problem.num_steps + 1, layers), bool)
+        for first, length, number in _blocks(problem):
+            own, shown = self.refresh[number % cycle], min(length, longest)
+            found[first:first + shown] |= own[:shown]
+            found[first + length] |= own[shown:].any(axis=0)
+        return found[:-1]
 
 
-def train_pattern(problem: RefreshProblem, *, common: bool = False) -> BlockPattern:
+def train_pattern(problem: RefreshProblem, *, common: bool = False, blocks_per_cycle: int = 1) -> BlockPattern:
     """Return the pattern that costs least on these (training) passes; it can then be applied to others.
 
-    It is exact among all patterns that refresh at the first pass of a block: then a block's cost depends on the
-    pattern alone, and blocks of different lengths add up edge by edge (the refresh that is the last one within a short block
-    pays for the move to the next block's first set).
+    It is exact among all patterns of that cycle: each cycle begins with a refresh, so that its cost depends on the
+    pattern alone, and cycles with blocks of different lengths add up edge by edge.
+
+    Args:
+        common: the same pattern for all layers.
+        blocks_per_cycle: 1: the same in every block; as many as a request has: one plan for the whole request.
 
     Raises:
-        InputError: more passes than `MAX_STEPS`.
+        InputError: more passes than `MAX_STEPS`, or a cycle below 1.
     """
-    layers = problem.num_layers
-    refresh = np.zeros((int(problem.passes.steps_per_block().max()), layers), bool)
+    if blocks_per_cycle < 1:
+        raise InputError(f"block pattern: blocks_per_cycle must be at least 1, got {blocks_per_cycle}")
+    longest = int(problem.passes.steps_per_block().max())
+    refresh = np.zeros((blocks_per_cycle * longest, problem.num_layers), bool)
     refresh[0] = True
-    folded = [_folded(problem, edge_costs(problem, layer)) for layer in range(layers)]
+    places = _cycle_places(problem, blocks_per_cycle, longest)
+    folded = (_folded(edge_costs(problem, layer), places) for layer in range(problem.num_layers))
     if common:
-        refresh[shortest_schedule(np.sum(folded, axis=0))[0] + 1] = True
-        return BlockPattern(refresh)
-    for layer, edges in enumerate(folded):
-        refresh[shortest_schedule(edges)[0] + 1, layer] = True
-    return BlockPattern(refresh)
+        refresh[shortest_schedule(np.sum(list(folded), axis=0))[0] + 1] = True
+    else:
+        for layer, edges in enumerate(folded):
+            refresh[shortest_schedule(edges)[0] + 1, layer] = True
+    return BlockPattern(refresh.reshape(blocks_per_cycle, longest, problem.num_layers))
 
 
-def _folded(problem: RefreshProblem, edges: np.ndarray) -> np.ndarray:
-    """Return int64[pass, pass], edges of all blocks laid over each other; the last node is the block's end."""
+def _blocks(problem: RefreshProblem) -> list[tuple[int, int, int]]:
+    """Return (first pass, passes, number within its request) of each block."""
     lengths = problem.passes.steps_per_block()
-    longest = int(lengths.max())
-    found = np.zeros((longest + 1, longest + 1), np.int64)
-    for first, length in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
-        own = first + 1 + np.minimum(np.arange(longest + 1), length)
-        found[:length] += edges[np.ix_(own[:length], own)]
+    first = np.cumsum(lengths) - lengths
+    request = problem.passes.request[first]
+    new = np.concatenate([[True], request[1:] != request[:-1]])
+    index = np.arange(len(first))
+    number = index - np.maximum.accumulate(np.where(new, index, 0))
+    return list(zip(first.tolist(), lengths.tolist(), number.tolist(), strict=True))
+
+
+def _cycle_places(problem: RefreshProblem, cycle: int, longest: int) -> list[np.ndarray]:
+    """Return per cycle int64[planned pass + 1], the pass at which each planned one is; the last is the next cycle's first."""
+    cycles: list[list[np.ndarray]] = []
+    for first, length, number in _blocks(problem):
+        if number % cycle == 0:
+            cycles.append([])
+        cycles[-1].append(first + np.minimum(np.arange(longest), length))
+    ends = [*(parts[0][0] for parts in cycles[1:]), problem.num_steps]
+    return [np.concatenate([*parts, np.full((cycle - len(parts)) * longest + 1, end)])
+            for parts, end in zip(cycles, ends, strict=True)]
+
+
+def _folded(edges: np.ndarray, places: list[np.ndarray]) -> np.ndarray:
+    """Return int64[planned pass, planned pass], the edges of all cycles laid over each other; the last is the end."""
+    found = np.zeros((len(places[0]), len(places[0])), np.int64)
+    for own in places:
+        found += edges[np.ix_(own + 1, own + 1)]  # planned passes that fall together have an edge of cost 0
     return found
 
 
