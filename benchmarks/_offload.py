@@ -2,15 +2,15 @@
 
 Run ``python benchmarks/_offload.py`` (``--quick``: small sizes; ``--check``: exit 1 when a target is missed). Routing is
 synthetic and seeded. SimPy runs the first tokens of a case, the engine the same ones in turns with it (and their times
-are compared), then more of them alone; every growth row has a process of its own, so that its peak memory is its own.
+are compared), then more of them alone; every growth row has a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Speed:
-    """One case: tokens per CPU second, the ratio to SimPy on the same tokens, tasks per token, seconds to predict."""
+    """One case: tokens per CPU second, the ratio to SimPy, tasks per token, seconds to predict."""
 
     simpy: float
     times: float
@@ -150,28 +150,22 @@ def compare(case: Case, offload: Offload, named: np.ndarray | None) -> None:
 
 @dataclass(frozen=True)
 class Growth:
-    """One run without a table: CPU seconds, and bytes that the process held at most, before it and in it."""
+    """Runs without a table: CPU seconds of one, and the most bytes that another one took at once."""
 
     seconds: float
-    bytes_before: int
-    bytes_peak: int
+    peak_bytes: int
 
 
 def growth(case: Case, num_steps: int) -> Growth:
     """Run a case once, compiled beforehand; call it in a process of its own."""
     cost = CostModel(load_hardware(case.hardware))
     offload_times(case.offload(2).program(case.point, cost))
-    program = case.offload(num_steps).program(case.point, cost)
-    before = peak_bytes()
-    return Growth(cpu_seconds(lambda: offload_times(program)), before, peak_bytes())
-
-
-def peak_bytes() -> int:
-    """Return the largest memory this process has held (getrusage; kB on Linux)."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    offload = case.offload(num_steps)
+    seconds = cpu_seconds(partial(offload_times, offload.program(case.point, cost)))
+    program = offload.program(case.point, cost)
+    tracemalloc.start()
+    offload_times(program)
+    return Growth(seconds, tracemalloc.get_traced_memory()[1])
 
 
 def growth_in_fresh_process(case: Case, num_steps: int) -> Growth:
@@ -182,7 +176,8 @@ def growth_in_fresh_process(case: Case, num_steps: int) -> Growth:
 
 def speed_table(cases: Sequence[Case], repeats: int) -> tuple[Table, list[str]]:
     """Return the table of speeds, and the targets that were missed."""
-    table = Table("case", "tasks/token", "SimPy tokens/s", "tokens/s", "ratio", "tokens/s with table", "predictions us/token",
+    table = Table("case", "tasks/token", "SimPy tokens/s", "tokens/s", "ratio", "tokens/s with table",
+                  "predictions us/token",
                   title="One request, decoded tokens per CPU second; ratio to SimPy in the same process")
     missed = []
     for case in cases:
@@ -196,11 +191,11 @@ def speed_table(cases: Sequence[Case], repeats: int) -> tuple[Table, list[str]]:
 
 def growth_table(case: Case, sizes: Sequence[int]) -> Table:
     """Return how time and memory of one case grow with its tokens."""
-    table = Table("tokens", "CPU s", "us/token", "peak memory before the run", "in the run", title=f"{case.name}: growth")
+    table = Table("tokens", "CPU s", "us/token", "peak memory of the run", title=f"{case.name}: growth")
     for size in sizes:
         run = growth_in_fresh_process(case, size)
         table.add_row(f"{size:,}", f"{run.seconds:.2f}", f"{run.seconds / size * 1e6:.1f}",
-                      f"{run.bytes_before / MIB:,.0f} MiB", f"+ {(run.bytes_peak - run.bytes_before) / MIB:,.0f} MiB")
+                      f"{run.peak_bytes / MIB:,.1f} MiB")
     return table
 
 

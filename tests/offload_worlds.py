@@ -37,7 +37,8 @@ def random_machine(draw: random.Random, miss: str) -> OffloadMachine:
     latency_s = [draw.choice((1e-6, 2e-6, 3e-6) if ties else (0, 1e-6, 4e-6)) for _ in range(2)]
     overhead_s = [draw.choice((1e-6, 2e-6) if ties else (0, 1e-6)) for _ in range(2)]
     duplex, port = draw.choice(("full", "half")), draw.choice(("", "shared"))
-    fast = {name: ENDLESS if ties else draw.choice(rates) for name, rates in (("hbm", (1e10, 1e12, 64e9)), ("dram", (1e9, 32e9)))}
+    rates = {"hbm": (1e10, 1e12, 64e9), "dram": (1e9, 32e9)}
+    fast = {name: ENDLESS if ties else draw.choice(choices) for name, choices in rates.items()}
     memories = {name: Memory(name, kind, 1e12, fast.get(name, 1e12))
                 for name, kind in (("hbm", "hbm"), ("mid", "hbm"), ("dram", "dram"), ("flash", "flash"))}
     links = [Link("pcie", "dram", "hbm", "pcie", rate, latency_s[0], duplex, port),

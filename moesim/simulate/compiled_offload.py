@@ -15,6 +15,7 @@ import numpy as np
 
 from moesim.cache.cache import BEFORE_THE_RUN, ExpertCache
 from moesim.cache.policies.belady import BeladyPolicy
+from moesim.errors import InputError
 from moesim.hardware.cost import CostModel
 from moesim.hardware.work import SOURCES
 from moesim.lowering.graph import KINDS, LABELS, NONE, PRIORITY_ADMIT, PRIORITY_PREFETCH, Program
@@ -25,13 +26,13 @@ from moesim.lowering.transfers import Transfers
 from moesim.simulate import compiled_offload_layout as k
 from moesim.simulate.compiled_offload_costs import WORK_KINDS, CostTables
 from moesim.simulate.compiled_offload_state import POLICY_TYPES, make_state, ranks_fit, view
-from moesim.simulate.compiled_offload_stream import Window, predict, predictions, windows
+from moesim.simulate.compiled_offload_stream import Window, predictions, predictor, windows
 from moesim.simulate.compiled_offload_times import OffloadTimes, ResourceWork, times_of
 from moesim.simulate.execution import Execution
 
 __all__ = ["OffloadTimes", "ResourceWork", "execute_offload", "offload_times", "predictions", "supports", "times_of"]
 
-COPY_KINDS = ("load", "admit", "prefetch")  # in the order of their codes in `State.copies`
+COPY_KINDS = ("load", "admit", "prefetch")  # in the order of their codes LOAD ... PREFETCH
 TABLE_USES = 1 << 15
 
 
@@ -52,13 +53,16 @@ def supports(program: Program) -> TypeGuard[OffloadProgram]:
 
 
 def execute_offload(program: OffloadProgram, predictions: np.ndarray | None = None) -> Execution:
-    """Run a program and return its whole task table; `steps`, `cache_counts` and `cost` of the program tell of the run too.
+    """Run a program and return its whole task table; the program's steps, cache counts and cost sources tell of it too.
 
     The program's graph stays empty and its cache as it was.
 
     Args:
         program: one that the engine `supports`.
         predictions: int16[access, width] of `compiled_offload_stream.predictions`; None: ask the prefetcher.
+
+    Raises:
+        InputError: predictions of another number of accesses, or ones that name experts outside the model.
     """
     run = _Run(program, emit=True)
     run.run(windows(program, TABLE_USES), predictions)
@@ -71,7 +75,7 @@ def execute_offload(program: OffloadProgram, predictions: np.ndarray | None = No
 def offload_times(program: OffloadProgram, predictions: np.ndarray | None = None) -> OffloadTimes:
     """Run a program without a task table, in memory that does not grow with the run (its steps and future aside).
 
-    Args: as `execute_offload`. Of the program only `cost` is changed: it counts the costs that were used.
+    Arguments and errors are those of `execute_offload`. Of the program only `cost` is changed: it counts what was used.
     """
     run = _Run(program, emit=False)
     run.run(windows(program), predictions)
@@ -88,6 +92,7 @@ class _Run:
         self.out = np.zeros((len(program.steps), 3), np.int64)
         self.table = np.zeros(0, np.int64)
         self.attention_flops: list[np.ndarray] = []
+        self.predict = predictor(program)
 
     def run(self, parts: Iterable[Window], predictions: np.ndarray | None) -> None:
         """Run all windows, then what is still under way."""
@@ -107,9 +112,15 @@ class _Run:
         if not self.m[k.HAS_PREFETCH]:
             return np.zeros((window.num_accesses, 0), np.int16)
         if predictions is None:
-            return predict(self.program, window)
-        first = window.first * self.program.trace.num_layers
-        return predictions[first:first + window.num_accesses].copy()
+            return self.predict(window)
+        layers, experts = self.program.trace.num_layers, self.program.trace.num_experts
+        first = window.first * layers
+        named = np.array(predictions[first:first + window.num_accesses], np.int16, order="C")
+        expected = len(self.program.steps) * layers
+        if len(predictions) != expected or (named.size and not -1 <= named.min() <= named.max() < experts):
+            raise InputError(f"predictions must be [{expected}, width] of experts below {experts}, -1 padded; got "
+                             f"{list(predictions.shape)}")
+        return named
 
     def _steps(self, window: Window) -> np.ndarray:
         """Price the steps of a window: int64[step, column]."""
@@ -139,7 +150,7 @@ class _Run:
         serial = len(window.label) * (2 * self.program.model.num_layers + 1)
         users = max(chunks + 1, int(m[k.NUM_WIRES])) + 1
         rows = serial + 2 * accesses + uses * (copy + 5) + accesses * width * copy
-        deps = serial + 2 * accesses + uses * (8 + (users + 2) * chunks + copy) + accesses * width * (users * chunks + copy)
+        deps = serial + 2 * accesses + uses * (8 + 2 * chunks) + (uses + accesses * width) * (users * chunks + copy)
         used, capacity = int(m[k.NEXT_TASK]), int(m[k.CAPACITY])
         cells, found = self._cells(used)
         room = len(self.table) - k.TABLE_COLUMNS * capacity
@@ -220,8 +231,8 @@ class _Run:
         kind = cell[k.C_KIND].astype(np.int16)
         arrays = TaskArrays(
             self.program.graph.resources, kind, cell[k.C_RESOURCE].astype(np.int32), cell[k.C_NS], _first_priority(kind),
-            cell[k.C_SOURCE].astype(np.int16), np.concatenate([[0], cell[k.C_DEPS]]), deps, self._flops(kind, cell[k.C_TOKENS]),
-            {name: labels[name] for name in LABELS})
+            cell[k.C_SOURCE].astype(np.int16), np.concatenate([[0], cell[k.C_DEPS]]), deps,
+            self._flops(kind, cell[k.C_TOKENS]), {name: labels[name] for name in LABELS})
         return Execution(arrays, cell[k.C_READY], cell[k.C_START], cell[k.C_END], cell[k.C_PRIORITY],
                          cell[k.C_STATE].astype(np.int8))
 
@@ -229,7 +240,8 @@ class _Run:
         """float64[task]: by kind and tokens, those of attention by the step."""
         row_of = np.full(len(KINDS), k.NUM_WORKS)
         row_of[[KINDS.index(name) for name in WORK_KINDS]] = np.arange(k.NUM_WORKS)
-        flops = np.concatenate([self.costs.work_flops, np.zeros((1, self.costs.work_flops.shape[1]))])[row_of[kind], tokens]
+        by_work = np.concatenate([self.costs.work_flops, np.zeros((1, self.costs.work_flops.shape[1]))])
+        flops = by_work[row_of[kind], tokens]
         flops[kind == KINDS.index("attention")] = np.repeat(
             np.concatenate(self.attention_flops), self.program.model.num_layers)
         return flops

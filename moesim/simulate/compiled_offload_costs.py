@@ -1,4 +1,4 @@
-"""Costs for the compiled offload engine: one question to the cost model per distinct size, and the exact counts of sources."""
+"""Costs for the compiled offload engine: one question per distinct size, and the exact counts of sources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DENSE = {"router": router_work, "dense": dense_work, "shared_expert": shared_wo
 class CostTables:
     """Fills the tables of `m` for the sizes that occur, and counts who was asked what.
 
-    The program's own cost model is asked nothing until `hand_over`, which counts each cost once per use, as the program does.
+    The program's own cost model is asked nothing; `hand_over` counts in it each cost once per use, as the program does.
     """
 
     def __init__(self, program: OffloadProgram, m: np.ndarray) -> None:
@@ -51,7 +51,8 @@ class CostTables:
         program = self._program
         if program.policy.miss == "load":
             return
-        fresh = np.flatnonzero((self._uses[WORK_KINDS.index("expert")] > 0) & ~self._known[WORK_KINDS.index("cpu_expert")])
+        used, known = self._uses[WORK_KINDS.index("expert")] > 0, self._known[WORK_KINDS.index("cpu_expert")]
+        fresh = np.flatnonzero(used & ~known)
         for kind in ("cpu_expert", "send", "receive"):
             self._price(WORK_KINDS.index(kind), fresh)
         for count in fresh.tolist() if program.policy.miss == "faster" else ():
@@ -92,7 +93,8 @@ class CostTables:
     def hand_over(self) -> None:
         """Count in the program's cost model what the program would have asked it."""
         counts = self.sources()
-        tasks = {kind: int(tokens.sum()) for kind, tokens in self.uses().items()} | {"attention": int(self._attention.sum())}
+        tasks = {kind: int(tokens.sum()) for kind, tokens in self.uses().items()}
+        tasks["attention"] = int(self._attention.sum())
         counts[SOURCES.index("measured")] += sum(tasks[kind] for kind in self._measured_overheads)
         for count in np.flatnonzero(self._asked).tolist():
             for source in self._asked_both[count]:

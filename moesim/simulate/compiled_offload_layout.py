@@ -1,8 +1,8 @@
 """State of the compiled offload engine: one int64 array, `m`, and the names of what lies where in it.
 
-A record (of a key, a copy, a place in a queue, a wire) is named by the address of its first cell, so that ``m[f + F_SLOT]``
-is a field of record `f`, and -1 is no record. One array instead of thirty: compiled functions pass it cheaply, and
-compile quickly. The head of `m` holds the numbers of the run, where it stands, and where each region begins.
+A record (of a key, a copy, a place in a queue, a wire) is named by the address of its first cell: ``m[f + F_SLOT]`` is a
+field of record `f`, and -1 is no record. With one array instead of thirty, compiled functions are cheap to call and quick
+to compile. The head of `m` holds the numbers of the run, where it stands, and where each region begins.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ NUMBERS = (
  NUM_SIZES, EMIT) = range(20)
 # Where the run stands. CLOCK: end of the last task that everything waits for; INSTANT: the last one that was handled.
 (CLOCK, INSTANT, NEXT_TASK, LAST_TASK, COMPUTE_FREE, CPU_FREE, CHAIN_END, WAITING, TURN, CANCELLED, FREE_FETCH, ROUTER,
- ACCESS, LABEL, LAYER, NUM_AHEAD, NUM_LATE, NUM_MISSES, NUM_STAGED, NUM_CHAINS, NUM_AWAITED, NUM_USERS, CPU_FIRST, CPU_LAST,
- STAGE_FIRST, STAGE_LAST, CAPACITY) = range(20, 47)
+ ACCESS, LABEL, LAYER, NUM_AHEAD, NUM_LATE, NUM_MISSES, NUM_STAGED, NUM_CHAINS, NUM_AWAITED, NUM_USERS, CPU_FIRST,
+ CPU_LAST, STAGE_FIRST, STAGE_LAST, CAPACITY) = range(20, 47)
 # Where regions begin (KEYS ... RECEIVES are addresses of the first record or number).
 REGIONS = (
     "keys", "ranks", "free_slots", "num_free", "slot_fetch", "use_end", "bounds", "uses", "fetches", "wires", "route",
     "hop_ns", "hop_source", "chunk_bytes", "copies", "counts", "wanted", "ahead", "ahead_list", "late", "misses", "staged",
     "chains", "cpu_queue", "stage_queue", "awaited", "users", "works", "on_cpu", "cpu_done", "asked", "layers", "kinds")
-(KEYS, RANKS, FREE_SLOTS, NUM_FREE, SLOT_FETCH, USE_END, BOUNDS, USES, FETCHES, WIRES, ROUTE, HOP_NS, HOP_SOURCE, CHUNK_BYTES,
- COPIES, COUNTS, WANTED, AHEAD, AHEAD_LIST, LATE, MISSES, STAGED, CHAINS, CPU_QUEUE, STAGE_QUEUE, AWAITED, USERS,
- WORKS, ON_CPU, CPU_DONE, ASKED, LAYERS, KINDS) = range(47, 80)
+(KEYS, RANKS, FREE_SLOTS, NUM_FREE, SLOT_FETCH, USE_END, BOUNDS, USES, FETCHES, WIRES, ROUTE,
+ HOP_NS, HOP_SOURCE, CHUNK_BYTES, COPIES, COUNTS, WANTED, AHEAD, AHEAD_LIST, LATE, MISSES, STAGED,
+ CHAINS, CPU_QUEUE, STAGE_QUEUE, AWAITED, USERS, WORKS, ON_CPU, CPU_DONE, ASKED, LAYERS, KINDS) = range(47, 80)
 HEAD_CELLS = 80
 
 # ---------------------------------------------------------------- records
@@ -69,7 +69,7 @@ WORK_NS, WORK_BYTES, WORK_SOURCE, WORK_CELLS = range(4)
 STEP_NS, STEP_BYTES, STEP_SOURCE, STEP_CONTEXT, STEP_TOKENS, STEP_HEAD, STEP_LABEL, STEP_COLUMNS = range(8)
 OUT_FIRST, OUT_LAST, OUT_END = range(3)
 
-# `table`: columns of CAPACITY rows each, one after the other, then the dependencies; C_DEPS: where a task's own end there.
+# `table`: columns of CAPACITY rows each, one after the other, then the dependencies; C_DEPS: where a task's end there.
 (C_KIND, C_RESOURCE, C_NS, C_PRIORITY, C_SOURCE, C_STATE, C_READY, C_START, C_END, C_STEP, C_LAYER, C_EXPERT, C_SLOT,
  C_CHUNK, C_TOKENS, C_CONTEXT, C_BYTES, C_DEPS, TABLE_COLUMNS) = range(19)
 

@@ -22,14 +22,14 @@ from moesim.units import ns_from_s
 # In the order of the codes LRU ... STATIC of `kernels.offload_state`.
 POLICY_TYPES = (LruPolicy, LfuPolicy, LfuResidentPolicy, BeladyPolicy, BeladyBypassPolicy, StaticPolicy)
 # In the order of the places K_BARRIER ... K_PREFETCH of `kernels.offload_rows`.
-ROW_KINDS = ("barrier", "attention", "router", "dense", "head", "shared_expert", "expert", "cpu_expert", "send", "receive",
-             "load", "admit", "prefetch")
+ROW_KINDS = ("barrier", "attention", "router", "dense", "head", "shared_expert", "expert", "cpu_expert", "send",
+             "receive", "load", "admit", "prefetch")
 RANK_BITS = 62
 
 
 class Future(NamedTuple):
-    """Belady's future by key: the rising places of each key's uses, one key after the other, where each key's begin and end,
-    and the first place of each access."""
+    """Belady's future by key: the rising places of each key's uses, key after key, where each key's begin and end, and
+    the first place of each access."""
 
     uses: np.ndarray
     first: np.ndarray
@@ -79,7 +79,8 @@ def _numbers(program: OffloadProgram, largest: int, *, emit: bool) -> dict[str, 
         "pool_slots": cache.num_slots if cache.shared else cache.slots_per_layer, "num_slots": cache.num_slots,
         "key_bits": _key_bits(program), "horizon": _horizon(program), "never": _never(program),
         "has_shared_expert": program.model.shared_intermediate_size > 0,
-        "has_prefetch": prefetcher is not None and type(prefetcher) is not NoPrefetch, "num_sizes": largest + 1, "emit": emit}
+        "has_prefetch": prefetcher is not None and type(prefetcher) is not NoPrefetch, "num_sizes": largest + 1,
+        "emit": emit}
 
 
 def _cache_regions(program: OffloadProgram, numbers: dict[str, int]) -> dict[str, np.ndarray]:

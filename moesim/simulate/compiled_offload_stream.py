@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,7 +24,8 @@ PAD = -1
 class Window(NamedTuple):
     """Some steps in a row: the first one's number, and their accesses, one after the other.
 
-    offsets int64[access + 1] into experts int16[use] and tokens int32[use]; step_tokens, context, head_rows, label: int64[step].
+    offsets int64[access + 1] into experts int16[use] and tokens int32[use]; step_tokens, context, head_rows and label:
+    int64[step].
     """
 
     first: int
@@ -67,7 +69,8 @@ def _window(program: OffloadProgram, records: Sequence[StepRecord], first: int) 
     bounds[1:] = np.cumsum([len(record.step.rows) for record in records])
     offsets = np.zeros(len(records) * trace.num_layers + 1, np.int64)
     experts, tokens = np.zeros(ids.size, np.int16), np.zeros(ids.size, np.int32)
-    uses = fill_stream(ids, bounds, offsets, experts, tokens, np.zeros(trace.num_experts, np.int32), np.zeros(SORT_BELOW, np.int16))
+    count, held = np.zeros(trace.num_experts, np.int32), np.zeros(SORT_BELOW, np.int16)
+    uses = fill_stream(ids, bounds, offsets, experts, tokens, count, held)
     context = np.add.reduceat(trace.position[rows].astype(np.int64) + 1, bounds[:-1])
     label = np.array([record.step.index for record in records], np.int64)
     return Window(first, offsets, experts[:uses], tokens[:uses], np.diff(bounds), context,
@@ -93,19 +96,19 @@ def predictions(program: OffloadProgram) -> np.ndarray:
     Raises:
         InputError: a prediction outside the model.
     """
-    return _stack([predict(program, window) for window in windows(program)])
+    predict = predictor(program)
+    return _stack([predict(window) for window in windows(program)])
 
 
-def predict(program: OffloadProgram, window: Window) -> np.ndarray:
-    """Return the predictions of one window; those that need no calculation come without a call per access."""
+def predictor(program: OffloadProgram) -> Callable[[Window], np.ndarray]:
+    """Return what gives the predictions of a window; those that need no calculation come without a call per access."""
     prefetcher, layers = program.prefetcher, program.trace.num_layers
-    assert prefetcher is not None
     if type(prefetcher) is PopularityPrefetch:
         best = _padded([*prefetcher._best[1:], []])
-        return np.tile(best, (window.num_accesses // layers, 1))
+        return lambda window: np.tile(best, (window.num_accesses // layers, 1))
     if type(prefetcher) is OraclePrefetch and _holds(prefetcher._future, program):
-        return _next_experts(prefetcher, window, layers)
-    return _asked(program, window)
+        return partial(_next_experts, prefetcher, layers)
+    return partial(_asked, program)
 
 
 def _asked(program: OffloadProgram, window: Window) -> np.ndarray:
@@ -131,7 +134,7 @@ def _holds(future: AccessStream, program: OffloadProgram) -> bool:
     return len(future.layers) >= size and bool(np.all(future.layers[:size].reshape(-1, layers) == np.arange(layers)))
 
 
-def _next_experts(oracle: OraclePrefetch, window: Window, layers: int) -> np.ndarray:
+def _next_experts(oracle: OraclePrefetch, layers: int, window: Window) -> np.ndarray:
     """int16[access, width]: the first experts of the access after each; nothing after the last layer."""
     future, first = oracle._future, window.first * layers
     begin = future.offsets[first + 1:first + window.num_accesses + 1]
@@ -139,9 +142,8 @@ def _next_experts(oracle: OraclePrefetch, window: Window, layers: int) -> np.nda
     end = np.where(np.arange(window.num_accesses) % layers == layers - 1, begin, end)
     width = min(oracle._width, int((end - begin).max(initial=0)))
     place = begin[:, None] + np.arange(width)
-    inside = place < end[:, None]
-    experts = np.append(future.experts, np.int16(PAD))
-    return np.where(inside, experts[np.where(inside, place, len(experts) - 1)], np.int16(PAD))
+    experts = np.append(future.experts[begin[0]:end.max()], np.int16(PAD))
+    return experts[np.where(place < end[:, None], place - begin[0], len(experts) - 1)]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:

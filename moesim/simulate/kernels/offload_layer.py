@@ -107,7 +107,8 @@ def drop_useless(m: np.ndarray, table: np.ndarray, layer: int) -> None:
 
 
 @numba.njit("void(i8[::1], i8[::1], i8, i8, i8, i8, i8, i8)", **COMPILED)
-def put_hit(m: np.ndarray, table: np.ndarray, task: int, expert: int, slot: int, tokens: int, start: int, end: int) -> None:
+def put_hit(m: np.ndarray, table: np.ndarray, task: int, expert: int, slot: int, tokens: int, start: int,
+            end: int) -> None:
     """Put an expert that is there, with its times."""
     put_expert(m, table, task, expert, slot, tokens, -1)
     ran(m, table, task, m[INSTANT], start, end)
@@ -293,7 +294,10 @@ def prefetch_next(m: np.ndarray, table: np.ndarray, named: np.ndarray, layer: in
 @numba.njit(**INLINED)
 def decide(m: np.ndarray, table: np.ndarray, experts: np.ndarray, tokens: np.ndarray, named: np.ndarray, layer: int,
            first: int, last: int, rows: int) -> None:
-    """Take all decisions of a layer at its router's end. Its experts are ``experts[first:last]``; `rows`: tokens of the step."""
+    """Take all decisions of a layer at its router's end.
+
+    ``experts[first:last]`` are the layer's, `named` what the prefetcher says of the next; `rows`: tokens of the step.
+    """
     base = first_key(m, layer)
     for place in range(first, last):
         m[m[WANTED] + int(experts[place])] = m[ACCESS]

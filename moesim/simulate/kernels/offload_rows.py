@@ -88,7 +88,8 @@ def note_awaited(m: np.ndarray, task: int) -> None:
 
 
 @numba.njit("void(i8[::1], i8[::1], i8, i8, i8, i8, i8, i8)", **COMPILED)
-def put(m: np.ndarray, table: np.ndarray, task: int, kind: int, resource: int, ns: int, source: int, num_bytes: int) -> None:
+def put(m: np.ndarray, table: np.ndarray, task: int, kind: int, resource: int, ns: int, source: int,
+        num_bytes: int) -> None:
     """Begin a row; what is not given has the value that most tasks have."""
     rows = m[CAPACITY]
     for column in (C_PRIORITY, C_STATE, C_TOKENS, C_CONTEXT):

@@ -219,7 +219,7 @@ def forget(m: np.ndarray, table: np.ndarray, k: int) -> None:
 
 @numba.njit(**INLINED)
 def run_expert(m: np.ndarray, table: np.ndarray, f: int, t: int) -> None:
-    """The expert that waited for a copy joins the device's queue at `t`; the next user of its staging slot waits for it."""
+    """The expert that waited for a copy joins the device's queue at `t`; its staging slot's next user waits for it."""
     task, start = m[f + F_EXPERT], max(m[COMPUTE_FREE], t)
     end = start + m[work_at(m, EXPERT_WORK, m[f + F_TOKENS]) + WORK_NS]
     m[COMPUTE_FREE] = end
