@@ -24,7 +24,7 @@ from statistics import median
 import numpy as np
 
 from moesim.cache.cache import ExpertCache
-from moesim.cache.compiled_layout import Layout
+from moesim.cache.compiled_layout import CODES, Layout
 from moesim.cache.compiled_replay import replay_compiled
 from moesim.cache.curves import hit_curves
 from moesim.cache.policy import POLICIES, AccessStream, PolicyContext, make_policy
@@ -150,14 +150,15 @@ def make_lines(stream: AccessStream, folder: Path) -> list[Line]:
 def _set_lines(context: PolicyContext) -> Iterator[Line]:
     stream = context.future
     assert stream is not None
-    for name in POLICIES.names():
+    names = [name for name in POLICIES.names() if POLICIES[name] in CODES]
+    for name in names:
         yield Line(f"{name}: compiled, a pool per layer", partial(compiled_hits, name, context, "set", False),
                    f"{name}, a pool per layer")
     yield Line("belady: its next uses alone, compiled", lambda: next_uses_found(stream))
     for name in ("lru", "belady"):
         yield Line(f"{name}: curve of all sizes, compiled", partial(curve_hits, name, stream),
                    f"{name}, a pool per layer")
-    for name in POLICIES.names():
+    for name in names:
         yield Line(f"{name}: Python, a pool per layer", partial(python_hits, name, context, "set", False),
                    f"{name}, a pool per layer", True)
 

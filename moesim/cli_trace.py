@@ -61,6 +61,9 @@ def stats(
     trace: TraceName,
     phase: Annotated[str, typer.Option(help="all, prefill, decode or denoise.")] = "all",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to sample for recall, overlap, LRU.")] = 4096,
+    srp: Annotated[list[int], typer.Option("--srp", metavar="M", min=1, help="Also routing of segments of M tokens (SRP).")] = [],  # noqa: B006
+    sch: Annotated[list[int], typer.Option("--sch", metavar="M", min=1, help="Also hit rates of a cache that knows the next "
+                                                                             "M tokens (SCH), at 1, 2, 3 times top-k slots.")] = [],  # noqa: B006
     seed: SeedOption = 0,
     json: JsonFlag = False,
 ) -> None:
@@ -71,14 +74,47 @@ def stats(
     from moesim.traces.stats import file_stats
 
     found = file_stats(trace, seed=seed, phase=phase, max_tokens=max_tokens)
+    consistency = _consistency(trace, phase, srp, sch)
     if json:
-        emit_json(found.as_dict())
+        emit_json(found.as_dict() | consistency)
         return
     facts = {"phase": found.phase, "num_tokens": found.num_tokens, "num_requests": found.num_requests}
     show_pairs(trace, [(key, format_value(key, value)) for key, value in (facts | found.summary()).items()])
     curve = [(f"{size} of {found.expert_load.shape[1]} experts per layer", f"{100 * real:.1f} % | {100 * mixed:.1f} %")
              for size, real, mixed in _curve_points(found)]
     show_pairs("LRU hit rate: in order | tokens shuffled", curve)
+    for title, key, words in (("Segment routing of the model", "srp", "SRP {srp:.4f}, threshold {threshold}, rho {relative_size:.2f}"),
+                              ("Segment cache", "sch", "hit rate {hit_rate:.4f}")):
+        if key in consistency:
+            show_pairs(title, [(row["what"], words.format(**row)) for row in consistency[key]])
+
+
+def _consistency(name: str, phase: str, srp: list[int], sch: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """Return a row per window of `--srp`, and per window and size of `--sch`; nothing that was not asked for."""
+    if not srp and not sch:
+        return {}
+    from moesim.cache.segment_cache import segment_cache_hits
+    from moesim.traces.consistency import segment_routings
+    from moesim.traces.split import select_phase
+    from moesim.traces.store import read_trace
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    trace = select_phase(read_trace(name), phase)
+    if srp:
+        rows["srp"] = [_srp_row(m, segment_routings(trace, m)) for m in srp]
+    if sch:
+        rows["sch"] = [{"what": f"{m} tokens, {rho} x top-k slots", "window_tokens": m, "rho": rho, "hit_rate": hits.hit_rate,
+                        "layer_hit_rate": hits.layer_hit_rates.tolist()}
+                       for m in sch for rho in (1, 2, 3) for hits in [segment_cache_hits(trace, m, rho)]]
+    return rows
+
+
+def _srp_row(window: int, found: dict[str, Any]) -> dict[str, Any]:
+    """Return SRP of the model, and by layer."""
+    model, layers = found["model"], found["layer"]
+    return {"what": f"{window} tokens", "window_tokens": window, "srp": float(model.srp), "threshold": int(model.threshold),
+            "relative_size": float(model.relative_size), "layer_srp": layers.srp.tolist(),
+            "layer_relative_size": layers.relative_size.tolist()}
 
 
 def _short_summary(name: str, json: bool) -> bool:

@@ -31,6 +31,7 @@ from moesim.cache.compiled_layout import (
 from moesim.cache.policies.lru import LruPolicy
 from moesim.cache.policy import POLICIES, AccessStream, EvictionPolicy, PolicyContext, make_policy
 from moesim.cache.replay import SEMANTICS, CacheStats, replay
+from moesim.cache.scanned_replay import can_scan, scanned_tally
 from moesim.errors import InputError, unknown
 
 # Entries of an LRU queue per slot, and besides: enough that packing it takes a small part of the time.
@@ -44,8 +45,9 @@ def replay_compiled(
 ) -> CacheStats:
     """Return what ``replay(stream, cache)`` returns for a new cache under the named policy; no cache is needed.
 
-    Compiled are the built-in policies. A policy of a plug-in, a Belady whose future is not the stream that is run, and
-    streams of more than 2^28 accesses or 2^31 uses go to the readable `replay`, at its speed.
+    Compiled are the built-in policies but ARC, LIRS, S3-FIFO and SIEVE; those of `moesim.cache.scanned_layout` in slots only,
+    and without scores and request starts. All else (a plug-in's policy, a future that is not the stream that is run, streams
+    of more than 2^28 accesses or 2^31 uses) goes to the readable `replay`, at its speed.
 
     Args:
         stream: the accesses; each is one (step, layer) with its distinct experts.
@@ -66,10 +68,15 @@ def replay_compiled(
     policy = LruPolicy(context) if code not in (None, STATIC) else make_policy(policy_name, context)
     cache = _new_cache(context, policy, slots_per_layer, bytes_per_layer, expert_bytes, shared)
     cache.preload(preload)
+    one_by_one = semantics == "sequential"
+    protect = not (one_by_one or current_evictable)
+    if code is None and slots_per_layer is not None and can_scan(policy_name, context, stream):
+        tally = scanned_tally(stream, POLICIES[policy_name], context.num_layers, context.num_experts, slots_per_layer,
+                              shared=shared, preload=preload, one_by_one=one_by_one, protect=protect)
+        return _stats(stream, tally, semantics, count_cold, current_evictable)
     if code is None:
         return replay(stream, cache, semantics=semantics, count_cold=count_cold, current_evictable=current_evictable)
-    one_by_one = semantics == "sequential"
-    run = _Run(stream, code, cache, one_by_one, protect=not (one_by_one or current_evictable))
+    run = _Run(stream, code, cache, one_by_one, protect)
     tally = run.lru() if run.suits_lru(preload) else run.ranked(preload)
     return _stats(stream, tally, semantics, count_cold, current_evictable)
 

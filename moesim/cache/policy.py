@@ -9,10 +9,25 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from moesim.cache.policies.arc import ArcPolicy
 from moesim.cache.policies.belady import BeladyBypassPolicy, BeladyPolicy
+from moesim.cache.policies.edgemoe import EdgeMoePolicy, EdgeMoePrintedPolicy
+from moesim.cache.policies.fifo import FifoPolicy
+from moesim.cache.policies.fld import FldPolicy
+from moesim.cache.policies.hobbit import HobbitPolicy
 from moesim.cache.policies.lfu import LfuPolicy, LfuResidentPolicy
+from moesim.cache.policies.lfu_fifo import LfuFifoPolicy
+from moesim.cache.policies.lfuda import LfudaPolicy
+from moesim.cache.policies.lhu import LhuPolicy
+from moesim.cache.policies.lirs import LirsPolicy
 from moesim.cache.policies.lru import LruPolicy
+from moesim.cache.policies.moe_infinity import MoeInfinityPolicy
+from moesim.cache.policies.mrs import MrsPolicy, MrsRepositoryPolicy
+from moesim.cache.policies.s3fifo import S3FifoPolicy
+from moesim.cache.policies.sch import SegmentCache4Policy, SegmentCache64Policy, SegmentCachePolicy
+from moesim.cache.policies.sieve import SievePolicy
 from moesim.cache.policies.static import StaticPolicy
+from moesim.cache.scores import RouterScores
 from moesim.errors import InputError
 from moesim.registry import Registry
 from moesim.traces.trace import RoutingTrace
@@ -85,15 +100,21 @@ class PolicyContext:
         num_layers, num_experts: the MoE layers, and the experts of each.
         popularity: float64[layer, expert] from a training part of the trace, or None (level I0).
         future: the accesses that will be run, or None (level I4).
+        request_starts: bool[access], whether a new request begins with it, or None (level I1).
+        scores: what the routers gave at each access, or None (level I2). Both in the order of the run's accesses; a
+            policy reads the entry of the access in progress.
 
     Raises:
-        InputError: sizes below one, a popularity of another shape, or a future outside the model.
+        InputError: sizes below one, a popularity of another shape, request starts that are no list of booleans, scores of
+            another number of experts, or a future outside the model.
     """
 
     num_layers: int
     num_experts: int
     popularity: np.ndarray | None = None
     future: AccessStream | None = None
+    request_starts: np.ndarray | None = None
+    scores: RouterScores | None = None
 
     def __post_init__(self) -> None:
         if self.num_layers < 1 or self.num_experts < 1:
@@ -103,6 +124,11 @@ class PolicyContext:
                 self.popularity, self.num_layers, self.num_experts))
         if self.future is not None:
             self.future.check_fits(self.num_layers, self.num_experts)
+        starts = self.request_starts
+        if starts is not None and (starts.ndim != 1 or starts.dtype != np.bool_):
+            raise InputError(f"cache: request_starts must be bool[access], got {starts.dtype}{list(starts.shape)}")
+        if self.scores is not None and self.scores.mean.shape[1] != self.num_experts:
+            raise InputError(f"cache: scores are of {self.scores.mean.shape[1]} experts, not {self.num_experts}")
 
 
 class EvictionPolicy(Protocol):
@@ -212,6 +238,24 @@ POLICIES: Registry[PolicyFactory] = Registry("cache policy", "moesim.policies", 
     "belady": BeladyPolicy,
     "belady-bypass": BeladyBypassPolicy,
     "static": StaticPolicy,
+    "fifo": FifoPolicy,
+    "lfu-fifo": LfuFifoPolicy,
+    "lfuda": LfudaPolicy,
+    "arc": ArcPolicy,
+    "lirs": LirsPolicy,
+    "s3-fifo": S3FifoPolicy,
+    "sieve": SievePolicy,
+    "lhu": LhuPolicy,
+    "fld": FldPolicy,
+    "hobbit": HobbitPolicy,
+    "edgemoe": EdgeMoePolicy,
+    "edgemoe-printed": EdgeMoePrintedPolicy,
+    "mrs": MrsPolicy,
+    "mrs-repository": MrsRepositoryPolicy,
+    "moe-infinity": MoeInfinityPolicy,
+    "sch-4": SegmentCache4Policy,
+    "sch-16": SegmentCachePolicy,
+    "sch-64": SegmentCache64Policy,
 })
 
 
@@ -223,7 +267,10 @@ def make_policy(name: str, context: PolicyContext) -> EvictionPolicy:
     """
     factory = POLICIES[name]
     level = information_level(factory, f"cache policy {name!r}")
-    return factory(context if level == "I4" else dataclasses.replace(context, future=None))
+    return factory(dataclasses.replace(
+        context, future=context.future if level == "I4" else None,
+        scores=context.scores if level >= "I2" else None,
+        request_starts=context.request_starts if level >= "I1" else None))
 
 
 def information_level(factory: object, what: str) -> str:

@@ -20,6 +20,7 @@ from moesim.cache.policy import (
     make_policy,
 )
 from moesim.cache.prefetch import PREFETCHERS, SEES_FUTURE, PrefetchContext, Prefetcher, make_prefetcher
+from moesim.cache.scores import RouterScores, request_starts, router_scores
 from moesim.hardware.cost import CostModel
 from moesim.lowering.machine import OffloadMachine, offload_machine
 from moesim.lowering.offload import OffloadPolicy, OffloadProgram
@@ -65,6 +66,16 @@ class Offload:
         return access_stream(self.test, [step.rows for step in self.steps])
 
     @cached_property
+    def starts(self) -> np.ndarray:
+        """bool[access], where a new request begins."""
+        return request_starts(self.test, [step.rows for step in self.steps])
+
+    @cached_property
+    def scores(self) -> RouterScores | None:
+        """The gate weights of each access, if the trace has them."""
+        return None if self.test.gate_weights is None else router_scores(self.test, [step.rows for step in self.steps])
+
+    @cached_property
     def popularity(self) -> np.ndarray:
         """float64[layer, expert], load of the training requests."""
         return load_counts(self.train).astype(np.float64)
@@ -84,7 +95,9 @@ class Offload:
         """Build the program of one point with a cache of its own."""
         model = self.model
         slots = min(point.slots_per_layer, model.num_experts)
-        context = PolicyContext(model.num_moe_layers, model.num_experts, self.popularity, self.stream)
+        scored = information_level(POLICIES[point.policy], "a policy") == "I2"
+        context = PolicyContext(model.num_moe_layers, model.num_experts, self.popularity, self.stream, self.starts,
+                                self.scores if scored else None)  # scores of a long trace take much memory
         cache = ExpertCache(
             model.num_moe_layers,
             model.num_experts,
