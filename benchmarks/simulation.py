@@ -303,17 +303,19 @@ def growth_lines(long: bool) -> Iterator[Line]:
     import _offload as offload
 
     sizes = (generic.WINDOW, 10 * generic.WINDOW) + ((100 * generic.WINDOW,) if long else ())
-    first = in_fresh_process(generic.windowed, sizes[0])  # its own start-up included: the ratios err to the small side
+    before = in_fresh_process(generic.windowed, sizes[0])
     for size in sizes[1:]:
         run = in_fresh_process(generic.windowed, size)
-        yield _growth(f"growth: layered graph through windows, {run.tasks / 1e6:g} M tasks over {first.tasks / 1e6:g} M",
-                      run.execute_s / first.execute_s, run.tasks / first.tasks, run.peak_bytes - first.peak_bytes)
+        yield _growth(f"growth: layered graph through windows, {run.tasks / 1e6:.0f} M tasks over {before.tasks / 1e6:.0f} M",
+                      run.execute_s / before.execute_s, run.tasks / before.tasks, run.peak_bytes - before.peak_bytes)
+        before = run
     case = offload.CASES[3]
     few = in_fresh_process(offload.growth, case, offload.GROWTH[0])
-    for steps in offload.GROWTH[1:]:
+    for fewer, steps in itertools.pairwise(offload.GROWTH):
         run = in_fresh_process(offload.growth, case, steps)
-        yield _growth(f"growth: {case.name}, {steps:,} tokens over {offload.GROWTH[0]:,}", run.seconds / few.seconds,
-                      steps / offload.GROWTH[0], run.peak_bytes - few.peak_bytes)
+        yield _growth(f"growth: {case.name}, {steps:,} tokens over {fewer:,}", run.seconds / few.seconds,
+                      steps / fewer, run.peak_bytes - few.peak_bytes)
+        few = run
 
 
 def _growth(what: str, time_ratio: float, work_ratio: float, more_bytes: int) -> Line:
