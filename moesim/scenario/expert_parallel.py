@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -50,6 +50,13 @@ COHERENT_NOTE = (
     "the best that any plan with these slots could reach on the judged requests; step time, no plan with these slots can be "
     "faster under the same costs (an even split of rows and distinct experts, only forced traffic, an even AllGather)."
 )
+
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+def _quiet(row: dict[str, Any]) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +161,8 @@ class ExpertParallelSetup:
             balancer=system.balancer.options,
         )
 
-    def point(self, choice: PlanChoice) -> PlannedPoint:
-        """Make one plan, simulate it, and put its figures beside their bounds."""
+    def point(self, choice: PlanChoice, tell: Tell = _quiet) -> PlannedPoint:
+        """Make one plan, simulate it, tell the listener, and put its figures beside their bounds."""
         plan = self.make_plan(choice)
         program = self.program(plan)
         warmup = self.study.workload.warmup_steps
@@ -164,7 +171,9 @@ class ExpertParallelSetup:
             program, name=f"{self.study.name}/{choice.label}", warmup_steps=warmup, executor=self.execute,
             provenance=provenance,
         )
-        return PlannedPoint(choice.label, plan, self._row(choice, plan, program, result), result)
+        row = self._row(choice, plan, program, result)
+        tell(row)
+        return PlannedPoint(choice.label, plan, self._bounded(row, plan.slots_per_rank), result)
 
     def bound_s(self, slots_per_rank: int) -> float | None:
         """Return the lower bound on the mean step time of any plan with these slots (LLEP: none)."""
@@ -198,11 +207,10 @@ class ExpertParallelSetup:
         program: ExpertParallelProgram,
         result: SimulationResult,
     ) -> dict[str, Any]:
-        step_s, bound_s = result.summary["step_time_s"], self.bound_s(plan.slots_per_rank)
+        """Return the row without its bound on step time, whose proof takes seconds (`_bounded`)."""
         redundant = plan.num_slots - plan.num_experts
         real, best = self._imbalance(plan)
         moved, moved_bytes = program.remote_tokens, program.remote_bytes
-        tokens_per_s = result.summary["tokens_per_s"]
         return {
             "placement": choice.label,
             "redundant_experts": redundant,
@@ -213,15 +221,23 @@ class ExpertParallelSetup:
             "cross_node_fraction": moved["node"] / max(1, moved["all"]),
             "cross_rank_bytes_per_step": moved_bytes["rank"] / len(self.steps),
             "cross_node_bytes_per_step": moved_bytes["node"] / len(self.steps),
-            "step_time_s": step_s,
-            "step_time_bound_s": bound_s,
-            "step_time_gap": None if bound_s is None else (step_s - bound_s) / step_s,
-            "tokens_per_s": tokens_per_s,
-            "tokens_per_s_bound": None if bound_s is None else tokens_per_s * step_s / bound_s,
+            "step_time_s": result.summary["step_time_s"],
+            "step_time_bound_s": None,
+            "step_time_gap": None,
+            "tokens_per_s": result.summary["tokens_per_s"],
+            "tokens_per_s_bound": None,
             "bound_by": bounded_by(result.tables["critical_path"]),
             "objective_gap": plan.provenance.get("gap"),
             **({"scratch_bytes": program.scratch_bytes} if self.study.system.balancer.name == "llep" else {}),
         }
+
+    def _bounded(self, row: dict[str, Any], slots_per_rank: int) -> dict[str, Any]:
+        """Return a row with what no plan with these slots can beat."""
+        step_s, bound_s = row["step_time_s"], self.bound_s(slots_per_rank)
+        if bound_s is None:
+            return row
+        return row | {"step_time_bound_s": bound_s, "step_time_gap": (step_s - bound_s) / step_s,
+                      "tokens_per_s_bound": row["tokens_per_s"] * step_s / bound_s}
 
     def _imbalance(self, plan: PlacementPlan) -> tuple[float, float]:
         """Busiest rank over the mean, averaged over layers by load: the plan's, and the least possible."""
@@ -245,8 +261,8 @@ class ExpertParallelSetup:
             source_note(sources),
         )
 
-    def points(self) -> Iterator[PlannedPoint]:
-        """Yield every plan of the study in order."""
+    def points(self, tell: Tell = _quiet) -> Iterator[PlannedPoint]:
+        """Yield every plan of the study in order; `tell` gets each row as soon as it is simulated, before its bounds."""
         self.check()
         for choice in self.study.placement.plans:
-            yield self.point(choice)
+            yield self.point(choice, tell)

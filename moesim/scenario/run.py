@@ -76,10 +76,9 @@ def _run_expert_parallel(run: _Run, study: ExpertParallelStudy) -> StudyResult:
     run.reporter.study_started(study.name, study.heading, len(study.placement.plans))
     setup = ExpertParallelSetup(run.inputs, study, run.executor)
     rows, best, sources = [], None, Counter[str]()
-    for point in setup.points():
+    for point in setup.points(lambda row: run.reporter.point_done(study.name, row)):
         rows.append(point.row)
         sources.update(point.result.summary["cost_sources"])
-        run.reporter.point_done(study.name, point.row)
         redundant = f"-r{point.row['redundant_experts']}" if point.row["redundant_experts"] else ""
         run.files.append(point.plan.write(run.output / f"{study.name}.{point.label}{redundant}.plan.json"))
         if best is None or point.row["step_time_s"] < best.row["step_time_s"]:
