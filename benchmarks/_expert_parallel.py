@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, cast
 
 import numpy as np
+from _measure import cpu_seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -133,13 +133,6 @@ def check(case: Case, base: ExpertParallelProgram) -> int:
     if program_times(renewed(base, few)).end_ns.tolist() != ends_of(found, lowered):
         raise SystemExit(f"{case.name}: the recurrence and the tasks end steps at other times")
     return len(found) // few
-
-
-def cpu_seconds(run: Callable[[], object]) -> float:
-    """Return the CPU time of one call."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 def measure(case: Case, repeats: int = REPEATS) -> Measurement:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+from _measure import peak_bytes
 from rich.console import Console
 from rich.table import Table
 
@@ -192,14 +192,6 @@ def timed(times: list[float], run: Callable[[], Execution]) -> Execution:
     result = run()
     times.append(time.process_time() - begun)
     return result
-
-
-def peak_bytes() -> int:
-    """Return the largest memory this process has held (getrusage; kB on Linux)."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def in_fresh_process(function: Callable[..., Alone], *arguments: object) -> Alone:

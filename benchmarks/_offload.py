@@ -11,13 +11,14 @@ import argparse
 import multiprocessing
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from statistics import median
 
 import numpy as np
+from _measure import cpu_seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -97,13 +98,6 @@ class Speed:
     ratio: float
     tasks: float
     predict_s: float
-
-
-def cpu_seconds(run: Callable[[], object]) -> float:
-    """Return the CPU time of one call."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 def speed(case: Case, repeats: int = REPEATS) -> Speed:

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 import pandas as pd
+from _measure import peak_bytes
 
 from moesim.hardware.cost import CostModel
 from moesim.hardware.load import load_hardware
@@ -171,14 +172,6 @@ def measure(case: str, size: int) -> Measurement:
     total_s = time.process_time() - start
     return Measurement(len(tasks), count_events(tasks), program.num_decisions, program.lowering_s,
                        total_s - program.lowering_s, peak_bytes())
-
-
-def peak_bytes() -> int:
-    """Return the largest memory this process has held, imports included (getrusage; kB on Linux)."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def median_of(case: str, size: int, repeats: int) -> Measurement:

@@ -454,8 +454,8 @@ def _without(key: str) -> list[tuple[str, int, bytes]]:
      "counts must be whole numbers"),
     (IMATRIX_FACTS, {f"blk.1.ffn_{p}_exps.weight.counts": np.full((7, 1), 1.0) for p in ("gate", "up", "down")},
      "layers with different numbers of experts"),
-    ([*IMATRIX_FACTS, ("general.alignment", 4, struct.pack("<I", 0))], {}, "general.alignment 0 is not one"),
-    ([*IMATRIX_FACTS, ("x", 99, b"")], {}, "unknown kind of value 99"),
+    ([*IMATRIX_FACTS, ("general.alignment", 4, struct.pack("<I", 0))], {}, "general.alignment must be a multiple of 8, got 0"),
+    ([*IMATRIX_FACTS, ("x", 99, b"")], {}, "has the unknown type 99"),
 ])
 def test_bad_imatrix_files(facts: Any, change: dict[str, np.ndarray], words: str, tmp_path: Path) -> None:
     """A GGUF file that is no imatrix of experts is named."""

@@ -74,12 +74,14 @@ class Gguf:
     Attributes:
         metadata: numbers, texts, flags, tuples of them, or GgufArray.
         tensors: by name, in the order of the file.
+        data_start: byte at which the data begins, from which offsets count (of a split model: in its first part).
     """
 
     path: str
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor] = field(repr=False)
+    data_start: int = 0
 
     def error(self, text: str) -> InputError:
         """Return an error that names the file."""
@@ -108,7 +110,7 @@ def read_gguf(path: str | os.PathLike[str]) -> Gguf:
             if tensor.name in tensors:
                 raise part.error(f"tensor {tensor.name!r} is in two parts")
             tensors[tensor.name] = tensor
-    return Gguf(os.fspath(path), first.version, parts[0].metadata, tensors)
+    return Gguf(os.fspath(path), first.version, parts[0].metadata, tensors, parts[0].data_start)
 
 
 def _read_part(path: Path) -> Gguf:
@@ -124,8 +126,8 @@ def _read_part(path: Path) -> Gguf:
                 raise reader.error(f"key {key!r} is there twice")
             metadata[key] = reader.value(key)
         tensors = [reader.tensor() for _ in range(num_tensors)]
-        _check_places(reader, tensors, metadata.get("general.alignment", _ALIGNMENT))
-        return Gguf(str(path), version, metadata, {tensor.name: tensor for tensor in tensors})
+        start = _check_places(reader, tensors, metadata.get("general.alignment", _ALIGNMENT))
+        return Gguf(str(path), version, metadata, {tensor.name: tensor for tensor in tensors}, start)
 
 
 class _HeaderReader:
@@ -228,8 +230,8 @@ class _HeaderReader:
         return GgufTensor(name, tuple(shape), label, prod(shape) // block * block_bytes, offset)
 
 
-def _check_places(reader: _HeaderReader, tensors: list[GgufTensor], alignment: object) -> None:
-    """Check that the tensors lie one after another within the file, each under its own name."""
+def _check_places(reader: _HeaderReader, tensors: list[GgufTensor], alignment: object) -> int:
+    """Check that the tensors lie one after another within the file, each under its own name; return where data begins."""
     if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
         raise reader.error(f"general.alignment must be a multiple of 8, got {alignment!r}")
     start = -(-reader.position // alignment) * alignment
@@ -244,3 +246,4 @@ def _check_places(reader: _HeaderReader, tensors: list[GgufTensor], alignment: o
         end = tensor.offset + tensor.num_bytes
         if start + end > reader.size:
             raise reader.error(f"tensor {tensor.name!r} ends at byte {start + end}, but the file has {reader.size}")
+    return start

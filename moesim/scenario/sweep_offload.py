@@ -18,7 +18,7 @@ from moesim.lowering.offload_works import cpu_choice, work_ns
 from moesim.scenario.offload import Offload, OffloadSetup, sees_future
 from moesim.scenario.schema import NO_PREFETCH, Point
 from moesim.scenario.sweep_axes import EFFICIENCY
-from moesim.simulate.executors import execute, offload_times
+from moesim.simulate.executors import execute, offload_predictions, offload_times
 from moesim.simulate.what_if import WhatIf, what_if
 from moesim.traces.trace import PHASES, PREFILL
 from moesim.units import NS_PER_S
@@ -69,7 +69,8 @@ class OffloadSweep:
         """Return one row per machine: its varied numbers, the point's keys, and what came out."""
         built = [self.machine(values) for values in machines]
         if not is_clock_blind(point, self.offload):
-            return pd.DataFrame([self._engine_row(point, machine) for machine in built])
+            named = offload_predictions(self._program(point, built[0]))
+            return pd.DataFrame([self._engine_row(point, machine, named) for machine in built])
         choices = [self._choice(point, machine) for machine in built]
         rows: list[dict[str, Any]] = [{} for _ in built]
         for choice in dict.fromkeys(choices):
@@ -104,8 +105,8 @@ class OffloadSweep:
             known[choice] = Decisions(run, program.cache_counts)
         return known[choice]
 
-    def _engine_row(self, point: Point, machine: Machine) -> dict[str, Any]:
-        times = offload_times(self._program(point, machine))
+    def _engine_row(self, point: Point, machine: Machine, named: np.ndarray | None) -> dict[str, Any]:
+        times = offload_times(self._program(point, machine), named)
         busy = times.busy_ns(machine.parts.resources()[machine.parts.compute_index].name)
         step_ns = np.diff(times.step_end_ns, prepend=0)
         return self._row(point, machine, step_ns, busy, times.cache_counts)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from moesim.errors import unknown
 from moesim.lowering.graph import Program
 from moesim.simulate.compile_ahead import compile_in_background, compiled_ready
@@ -51,13 +53,24 @@ def execute_compiled(program: Program) -> Execution:
     return execute_program(program)
 
 
-def offload_times(program: OffloadProgram) -> OffloadTimes:
-    """Run an offload program without a task table; programs of foreign policies get theirs from the generic engine."""
+def offload_predictions(program: OffloadProgram) -> np.ndarray | None:
+    """Return what a program's prefetcher names, for all its runs on other machines; None where the engine does not know it."""
+    from moesim.simulate import compiled_offload
+
+    known = program.prefetcher is not None and compiled_offload.supports(program)
+    return compiled_offload.predictions(program) if known else None
+
+
+def offload_times(program: OffloadProgram, predictions: np.ndarray | None = None) -> OffloadTimes:
+    """Run an offload program without a task table; programs of foreign policies get theirs from the generic engine.
+
+    `predictions` are those of `offload_predictions`; None: the prefetcher is asked.
+    """
     from moesim.simulate import compiled_offload
     from moesim.simulate.compiled_offload_times import times_of
 
     if compiled_offload.supports(program):
-        return compiled_offload.offload_times(program)
+        return compiled_offload.offload_times(program, predictions)
     return times_of(program, execute(program))
 
 
