@@ -20,8 +20,9 @@ from moesim.errors import InputError
 from moesim.hardware.cost import CostModel
 from moesim.hardware.spec import Device, HardwareSpec, Link, Memory
 from moesim.lowering.machine import OffloadMachine, offload_machine
-from moesim.lowering.offload import OffloadPolicy, OffloadProgram
+from moesim.lowering.offload import OffloadProgram
 from moesim.lowering.offload_bound import OffloadBound, offload_bound
+from moesim.lowering.offload_policy import OffloadPolicy
 from moesim.model.spec import AttentionSpec, ModelSpec
 from moesim.scenario.offload import Offload
 from moesim.scenario.schema import Point

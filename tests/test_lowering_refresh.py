@@ -23,7 +23,8 @@ from moesim.hardware.cost import CostModel
 from moesim.hardware.load import load_hardware
 from moesim.hardware.spec import Device, HardwareSpec, Link, Memory
 from moesim.lowering.machine import OffloadMachine, offload_machine
-from moesim.lowering.offload import OffloadPolicy, OffloadProgram
+from moesim.lowering.offload import OffloadProgram
+from moesim.lowering.offload_policy import OffloadPolicy
 from moesim.lowering.refresh import (
     RefreshCosts,
     RefreshProblem,

@@ -23,7 +23,8 @@ from moesim.hardware.cost import CostModel
 from moesim.hardware.load import load_hardware
 from moesim.lowering.batch import expert_counts, head_rows
 from moesim.lowering.machine import offload_machine
-from moesim.lowering.offload import OffloadPolicy, OffloadProgram
+from moesim.lowering.offload import OffloadProgram
+from moesim.lowering.offload_policy import OffloadPolicy
 from moesim.model.catalog import load_model
 from moesim.scenario.inputs import load_inputs
 from moesim.scenario.load import load_scenario

@@ -15,7 +15,8 @@ from moesim.hardware.cost import CostModel
 from moesim.hardware.spec import Device, HardwareSpec, Link, Memory
 from moesim.hardware.vary import vary
 from moesim.lowering.machine import OffloadMachine
-from moesim.lowering.offload import OffloadPolicy, OffloadProgram
+from moesim.lowering.offload import OffloadProgram
+from moesim.lowering.offload_policy import OffloadPolicy
 from moesim.lowering.offload_works import cpu_choice, work_ns
 from moesim.lowering.task_arrays import arrays_of
 from moesim.model.spec import AttentionSpec, ModelSpec

@@ -75,13 +75,11 @@ class ExpertCache:
             raise InputError(f"cache: slots_per_layer must be at least 1, got {slots_per_layer}")
         self.num_layers, self.num_experts, self.slots_per_layer = num_layers, num_experts, slots_per_layer
         self.shared, self.policy = shared, policy
-        self.num_slots = slots_per_layer * num_layers
-        pool_slots = self.num_slots if shared else slots_per_layer
-        starts = range(0, self.num_slots, pool_slots)
         self._slot = [ABSENT] * (num_layers * num_experts)
-        self._free = [list(range(start, start + pool_slots)) for start in starts]
+        self._free = self._pools()
+        self.num_slots = sum(map(len, self._free))
         # Residents of each pool in order of entry; a dict, so that leaving is O(1) and order is kept.
-        self._residents: list[dict[int, None]] = [{} for _ in starts]
+        self._residents: list[dict[int, None]] = [{} for _ in self._free]
         self._now = BEFORE_THE_RUN
         self._attach_policy()
 
@@ -184,6 +182,12 @@ class ExpertCache:
         listed = sorted(key for pool in self._residents for key in pool)
         if listed != [key for key, slot in enumerate(self._slot) if slot != ABSENT]:
             raise CheckError("cache: the pools do not list the experts that own slots")
+
+    def _pools(self) -> list[list[int]]:
+        """Return the slots of each pool."""
+        num_slots = self.slots_per_layer * self.num_layers
+        pool_slots = num_slots if self.shared else self.slots_per_layer
+        return [list(range(start, start + pool_slots)) for start in range(0, num_slots, pool_slots)]
 
     def _attach_policy(self) -> None:
         self.policy.attach(self.slots_per_layer, self.shared)

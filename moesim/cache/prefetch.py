@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -77,6 +77,46 @@ class Prefetcher(Protocol):
         `experts_now` is int[n], the distinct experts of access `now` (of `layer`); `counts_now` is int[n],
         the tokens that each of them got.
         """
+
+
+class Wish(NamedTuple):
+    """An expert to fetch ahead: of a later layer, or of the next step where `layer` is not later.
+
+    Copies queue by `urgency` (0 first), then in the order of the wishes.
+    """
+
+    layer: int
+    expert: int
+    urgency: int = 0
+
+
+@dataclass(frozen=True)
+class PrefetchMoment:
+    """What a `LookaheadPrefetcher` is told right after the router of `layer`, in access `now`.
+
+    Attributes:
+        experts, counts: int[n], the distinct experts of this access and the tokens that each of them got.
+        is_resident: of (layer, expert): whether it is in a slot or on its way to one.
+        num_layers: the MoE layers of a step. request_start: whether this access begins a request.
+    """
+
+    layer: int
+    now: int
+    experts: np.ndarray
+    counts: np.ndarray
+    is_resident: Callable[[int, int], bool]
+    num_layers: int
+    request_start: bool
+
+
+class LookaheadPrefetcher(Protocol):
+    """Wishes for experts of any later layer, and may look at what is resident."""
+
+    information: ClassVar[str]
+    source: ClassVar[str]
+
+    def wishes(self, moment: PrefetchMoment) -> list[Wish]:
+        """Return absent experts to fetch, the most wanted first."""
 
 
 class NoPrefetch:

@@ -127,7 +127,7 @@ class CostModel:
         """Return the seconds of a copy over one link, nothing else on it; no bytes cost nothing.
 
         Table ``copy`` over (bytes) with `device` the link's kind (``pcie``) or its ends' own names
-        (``dram_to_hbm``), any shape and dtype. Else ``latency_s + bytes / bytes_per_s``.
+        (``dram_to_hbm``), any shape and dtype. Else `Link.seconds`: ``latency_s + bytes / bytes_per_s``, or slower for small requests.
 
         Raises:
             InputError: no such link, or a size that is negative or not finite.
@@ -200,7 +200,7 @@ class CostModel:
         _check_bytes(num_bytes)
         if num_bytes == 0:
             return Cost(0.0, "nameplate")
-        nameplate = link.latency_s + num_bytes / (link.bytes_per_s * self.route_efficiency)
+        nameplate = link.seconds(num_bytes, self.route_efficiency)
         return self._measured_copy((link.kind, ends), num_bytes) or Cost(nameplate, self.route_source)
 
     def _pipelined(self, route: list[Link], source: str, num_bytes: float) -> Cost:

@@ -27,6 +27,7 @@ SCHEMA = "moesim.hardware/1"
 PER_NODE = "node"
 
 _TEXT, _NUMBER, _WHOLE, _MAP, _RATES = "text", "a number", "a whole number", "a mapping", "numbers by dtype"
+_SHARES = "shares of the rate by size in bytes"
 
 _TOP = {"schema": _TEXT, "name": _TEXT, "description": _TEXT, "references": _MAP, "ranks": _TEXT,
         "devices": _MAP, "memories": _MAP}
@@ -34,11 +35,11 @@ _TOP_OPTIONAL = {"links": _MAP, "node_fabric": _MAP, "cluster_fabric": _MAP}
 _PART_OPTIONAL = {"reference_of": _MAP}
 _DEVICE = {"count": _WHOLE, "kind": _TEXT, "memory": _TEXT, "flops_per_s": _RATES,
            "kernel_overhead_s": _NUMBER, "tile_tokens": _WHOLE, "reference": _TEXT}
-_DEVICE_OPTIONAL = {"max_count": _WHOLE, **_PART_OPTIONAL}
+_DEVICE_OPTIONAL = {"max_count": _WHOLE, "idle_w": _NUMBER, "busy_w": _NUMBER, **_PART_OPTIONAL}
 _MEMORY = {"per": _TEXT, "kind": _TEXT, "num_bytes": _NUMBER, "bytes_per_s": _NUMBER, "reference": _TEXT}
 _LINK = {"per": _TEXT, "kind": _TEXT, "source": _TEXT, "target": _TEXT, "bytes_per_s": _NUMBER,
          "latency_s": _NUMBER, "duplex": _TEXT, "reference": _TEXT}
-_LINK_OPTIONAL = {"port": _TEXT, **_PART_OPTIONAL}
+_LINK_OPTIONAL = {"port": _TEXT, "share_of_rate": _SHARES, **_PART_OPTIONAL}
 _FABRIC = {"name": _TEXT, "kind": _TEXT, "bytes_per_s": _NUMBER, "latency_s": _NUMBER,
            "ranks_per_port": _WHOLE, "contention": _TEXT, "reference": _TEXT}
 
@@ -123,9 +124,19 @@ class _Node:
         if expected == _RATES:
             rates = self.child(key)
             return {str(name): rates._value(name, _NUMBER) for name in rates.raw}
+        if expected == _SHARES:
+            return self._shares(key)
         if expected == _MAP:
             return self.child(key).raw
         return self.fail(key, f"{key!r} must be {expected}, got {_show(value)}")
+
+
+    def _shares(self, key: str) -> tuple[tuple[float, float], ...]:
+        shares = self.child(key)
+        for size in shares.raw:
+            if not _is_number(size):
+                shares.fail(size, f"a size in bytes must be {_NUMBER}, got {_show(size)}")
+        return tuple((float(size), shares._value(size, _NUMBER)) for size in shares.raw)
 
 
 def _is_number(value: Any) -> bool:
@@ -253,7 +264,8 @@ def _add_devices(found: dict[str, Device], top: _Node, references: _References, 
             found[name] = Device(
                 name, values["kind"], _end(part, "memory", name, node, memories), values["flops_per_s"],
                 values["kernel_overhead_s"], values["tile_tokens"], node,
-                references.of(part, ("flops_per_s", "kernel_overhead_s", "tile_tokens")))
+                references.of(part, ("flops_per_s", "kernel_overhead_s", "tile_tokens", "idle_w", "busy_w")),
+                values.get("idle_w"), values.get("busy_w"))
 
 
 def _add_links(found: dict[str, Link], top: _Node, references: _References, counts: dict[str, int], node: int,
@@ -265,7 +277,8 @@ def _add_links(found: dict[str, Link], top: _Node, references: _References, coun
             port = f"node{node}.{values['port']}" if "port" in values else ""
             found[f"{owner}.{name}"] = Link(
                 f"{owner}.{name}", source, target, values["kind"], values["bytes_per_s"], values["latency_s"],
-                values["duplex"], port, references.of(part, ("bytes_per_s", "latency_s")))
+                values["duplex"], port, references.of(part, ("bytes_per_s", "latency_s", "share_of_rate")),
+                values.get("share_of_rate", ()))
 
 
 def _end(part: _Node, key: str, owner: str, node: int, memories: dict[str, Memory]) -> str:

@@ -7,7 +7,10 @@ It knows flops, bytes and routes, never experts. One file in the catalog describ
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from moesim.errors import InputError, did_you_mean
 
@@ -34,7 +37,8 @@ class Device:
     """A processor. `flops_per_s` is dense peak by dtype (bf16, fp8, fp32, int8 ...).
 
     `kernel_overhead_s` is the fixed cost of starting one kernel; `tile_tokens` is the granularity in
-    tokens at which a matrix kernel pads its work (1: no padding).
+    tokens at which a matrix kernel pads its work (1: no padding). `idle_w` and `busy_w`: power drawn, its own
+    memory included, while it computes nothing and while it computes (None: not known).
     """
 
     name: str
@@ -45,6 +49,8 @@ class Device:
     tile_tokens: int = 1
     node: int = 0
     reference: str = ""
+    idle_w: float | None = None
+    busy_w: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class Link:
     """A point-to-point connection between two memories; rates are per direction.
 
     `duplex` ``full`` gives each direction its own wire, ``half`` shares one. Links that name the same
-    `port` contend for it.
+    `port` contend for it. `share_of_rate`: (bytes, share) in rising order, where small requests do not reach the rate (a
+    flash drive): one request of so many bytes takes ``bytes / (share * bytes_per_s)``, its latency included.
     """
 
     name: str
@@ -64,6 +71,22 @@ class Link:
     duplex: str = "full"
     port: str = ""
     reference: str = ""
+    share_of_rate: tuple[tuple[float, float], ...] = ()
+
+    def seconds(self, num_bytes: float, efficiency: float = 1.0) -> float:
+        """Return the nameplate time of one request; `efficiency` is a further share of the rate.
+
+        Between the sizes of `share_of_rate` the time is interpolated log-log; below the first size a request takes as
+        long as one of that size; above the last it reaches the last share.
+        """
+        rate = self.bytes_per_s * efficiency
+        if not self.share_of_rate or num_bytes <= 0:
+            return self.latency_s + num_bytes / rate
+        sizes, shares = zip(*self.share_of_rate, strict=True)
+        if num_bytes >= sizes[-1]:
+            return num_bytes / (shares[-1] * rate)
+        times = [math.log(size / share) for size, share in self.share_of_rate]
+        return math.exp(float(np.interp(math.log(num_bytes), [math.log(size) for size in sizes], times))) / rate
 
 
 @dataclass(frozen=True)
@@ -140,6 +163,10 @@ class HardwareSpec:
         for dtype, rate in getattr(part, "flops_per_s", {}).items():
             if not rate > 0:
                 raise InputError(f"{where}: flops_per_s[{dtype}] must be positive, got {rate}")
+        if isinstance(part, Link):
+            self._check_shares(where, part.share_of_rate)
+        if isinstance(part, Device):
+            self._check_power(where, part)
         allowed = {
             Device: ("kind", DEVICE_KINDS),
             Memory: ("kind", MEMORY_KINDS),
@@ -155,6 +182,21 @@ class HardwareSpec:
             raise InputError(
                 f"{where}: reference {part.reference!r} is not listed.{did_you_mean(part.reference, self.references)}"
             )
+
+    def _check_shares(self, where: str, shares: tuple[tuple[float, float], ...]) -> None:
+        sizes = [size for size, _ in shares]
+        times = [size / share if share > 0 else math.inf for size, share in shares]
+        if any(size <= 0 for size in sizes) or any(b <= a for a, b in itertools.pairwise(sizes)):
+            raise InputError(f"{where}: share_of_rate needs rising sizes in bytes, got {sizes}")
+        if any(not 0 < share <= 1 for _, share in shares) or any(b < a for a, b in itertools.pairwise(times)):
+            raise InputError(
+                f"{where}: share_of_rate needs shares above 0 and up to 1, and a larger request must not take less time")
+
+    def _check_power(self, where: str, device: Device) -> None:
+        if (device.idle_w is None) != (device.busy_w is None):
+            raise InputError(f"{where}: give both idle_w and busy_w, or neither")
+        if device.idle_w is not None and device.busy_w is not None and not 0 <= device.idle_w <= device.busy_w:
+            raise InputError(f"{where}: needs 0 <= idle_w <= busy_w, got {device.idle_w} and {device.busy_w}")
 
     def _check_end(self, where: str, name: str) -> None:
         if name not in self.memories:

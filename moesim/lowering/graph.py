@@ -50,6 +50,7 @@ KINDS = (
     "receive",
     "head",
     "latency",
+    "write_back",
 )
 
 LABELS = ("rank", "step", "layer", "expert", "slot", "chunk", "tokens", "context", "num_bytes")

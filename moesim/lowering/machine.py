@@ -103,6 +103,11 @@ class OffloadMachine:
         return NONE if self.shares_memory else 2 + self._wires.index(_wire(self.route[-1], "out"))
 
     @property
+    def back_index(self) -> int:
+        """The wire that takes an evicted expert out of the device's memory."""
+        return 2 + self._wires.index(_wire(self.route[-1], "out"))
+
+    @property
     def shares_memory(self) -> bool:
         """Whether device and CPU compute in one memory."""
         return self.hardware.memory_of(self.cpu).name == self.fast_memory

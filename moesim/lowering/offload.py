@@ -14,20 +14,15 @@ from typing import Any
 import numpy as np
 
 from moesim.cache.cache import ExpertCache
-from moesim.cache.prefetch import Prefetcher
+from moesim.cache.prefetch import LookaheadPrefetcher, Prefetcher
 from moesim.errors import InputError
 from moesim.hardware.cost import CostModel
 from moesim.hardware.work import Cost, DenseWork
 from moesim.lowering.batch import StepRecord, expert_counts, head_rows
-from moesim.lowering.graph import (
-    PRIORITY_ADMIT,
-    PRIORITY_COMPUTE,
-    PRIORITY_DEMAND,
-    PRIORITY_PREFETCH,
-    ExecutorView,
-    TaskGraph,
-)
+from moesim.lowering.graph import PRIORITY_ADMIT, PRIORITY_COMPUTE, PRIORITY_DEMAND, ExecutorView, TaskGraph
 from moesim.lowering.machine import OffloadMachine
+from moesim.lowering.offload_policy import CACHE_COLUMNS, OffloadPolicy
+from moesim.lowering.prefetching import Prefetching
 from moesim.lowering.transfers import Transfers
 from moesim.lowering.work import attention_work, dense_work, experts_work, head_work, router_work, shared_work
 from moesim.model.spec import ModelSpec
@@ -35,47 +30,10 @@ from moesim.traces.steps import Step
 from moesim.traces.trace import RoutingTrace
 from moesim.units import ns_from_s
 
-MISSES = ("load", "cpu", "faster")
-CACHE_COLUMNS = (
-    "accesses",
-    "hits",
-    "late_hits",
-    "misses",
-    "cpu_misses",
-    "loads",
-    "admits",
-    "prefetches",
-    "useful_prefetches",
-    "late_prefetches",
-    "useless_prefetches",
-    "cancelled_prefetches",
-)
-
-
-@dataclass(frozen=True)
-class OffloadPolicy:
-    """What to do with a miss, and what to fetch ahead.
-
-    `miss`: ``load`` (fetch, then compute on the device), ``cpu`` (compute where the weights are; with
-    `admit` they are also fetched in the background), ``faster`` (Fiddler's rule, arXiv 2402.07033: whichever is
-    estimated to take less time for this expert's tokens). `chunks`: pieces of one expert's copy, the grain at which a
-    demand load overtakes prefetches (ProMoE uses 3: gate, up, down).
-    """
-
-    miss: str = "load"
-    admit: bool = True
-    chunks: int = 3
-
-    def __post_init__(self) -> None:
-        if self.miss not in MISSES:
-            raise InputError(f"miss must be one of {', '.join(MISSES)}, got {self.miss!r}")
-        if self.chunks < 1:
-            raise InputError(f"chunks must be at least 1, got {self.chunks}")
-
 
 @dataclass
-class _Layer:
-    """What is known at one decision point."""
+class LayerMoment:
+    """What is known at one decision point; `tasks` end the layer, `deferred` ones the next layer."""
 
     step: Step
     layer: int
@@ -83,6 +41,7 @@ class _Layer:
     router: int
     counts: np.ndarray
     tasks: list[int] = field(default_factory=list)
+    deferred: list[int] = field(default_factory=list)
 
 
 class OffloadProgram:
@@ -102,15 +61,13 @@ class OffloadProgram:
         cost: CostModel,
         cache: ExpertCache,
         policy: OffloadPolicy,
-        prefetcher: Prefetcher | None = None,
+        prefetcher: Prefetcher | LookaheadPrefetcher | None = None,
     ) -> None:
         trace.check_model(model)
-        machine.check_memory(model, cache.num_slots, max((_kv_tokens(trace, step) for step in steps), default=0))
-        if policy.miss != "load" and not machine.cpu_sees_experts:
-            raise InputError(
-                f"miss: {policy.miss} needs the experts in the CPU's memory, but they lie in {machine.slow_memory!r}"
-            )
+        self._check_memory(model, machine, cache, max((_kv_tokens(trace, step) for step in steps), default=0))
         self.model, self.trace, self.machine, self.cost = model, trace, machine, cost
+        if policy.miss != "load":
+            self._check_cpu(f"miss: {policy.miss}")
         self.cache, self.policy, self.prefetcher = cache, policy, prefetcher
         self.steps = [StepRecord(step, len(step.rows)) for step in steps]
         self.graph = TaskGraph(machine.resources())
@@ -118,7 +75,28 @@ class OffloadProgram:
             self.graph, machine, cost, model.expert_bytes, policy.chunks, cache.num_slots, model.num_experts
         )
         self.cache_counts = {name: np.zeros(model.num_moe_layers, np.int64) for name in CACHE_COLUMNS}
-        self._prefetched: set[int] = set()
+        self._ahead = Prefetching(self)
+        self._deferred: list[int] = []
+        self._seen_requests: set[int] = set()
+        self._new_request = False
+
+    def _check_memory(self, model: ModelSpec, machine: OffloadMachine, cache: ExpertCache, kv_tokens: int) -> None:
+        """Raise InputError unless the slots fit on the device and all experts in the slow memory."""
+        machine.check_memory(model, cache.num_slots, kv_tokens)
+
+    def _check_cpu(self, what: str) -> None:
+        """Raise InputError unless the CPU can compute experts."""
+        if not self._cpu_can_reach_experts():
+            raise InputError(
+                f"{what} needs the experts in the CPU's memory, but they lie in {self.machine.slow_memory!r}")
+
+    def _cpu_can_reach_experts(self) -> bool:
+        return self.machine.cpu_sees_experts
+
+    def _cpu_waits_for(self, at: LayerMoment, expert: int) -> list[int]:
+        """Return what the CPU waits for beside the expert's rows."""
+        del at, expert
+        return []
 
     def decisions(self, view: ExecutorView) -> Iterator[int]:
         """Hand over up to the next router, decide there, and go on."""
@@ -126,6 +104,9 @@ class OffloadProgram:
         done: tuple[int, ...] = ()
         for number, record in enumerate(self.steps):
             record.first_task = len(self.graph)
+            requests = set(self.trace.request_id[record.step.rows].tolist())
+            self._new_request = not requests <= self._seen_requests
+            self._seen_requests |= requests
             done = yield from self._lower_step(record.step, number, done)
             record.last_task = done[0]
         if done:
@@ -146,13 +127,13 @@ class OffloadProgram:
             yield router
             now = number * self.model.num_moe_layers + moe_layer
             counts = expert_counts(self.trace.expert_ids[step.rows, moe_layer], self.model.num_experts)
-            done = (self._moe_layer(_Layer(step, moe_layer, now, router, counts)),)
+            done = (self._moe_layer(LayerMoment(step, moe_layer, now, router, counts)),)
         return (self._dense("head", head_work(self.model, head_rows(step)), done, step, -1),)
 
-    def _moe_layer(self, at: _Layer) -> int:
+    def _moe_layer(self, at: LayerMoment) -> int:
         """Schedule one layer's experts; returns the barrier that ends it."""
         wanted = np.flatnonzero(at.counts)
-        self._drop_useless(at.layer, set(wanted.tolist()))
+        self._ahead.drop_useless(at.layer, set(wanted.tolist()))
         hits = [e for e in wanted.tolist() if self.cache.slot_of(at.layer, e) >= 0]
         misses = [e for e in wanted.tolist() if self.cache.slot_of(at.layer, e) < 0]
         self._count_accesses(at, hits, misses)
@@ -167,20 +148,35 @@ class OffloadProgram:
                     at.layer,
                 )
             )
-        for expert in sorted(hits, key=lambda e: not self.transfers.has_arrived(self._key(at.layer, e))):
+        self._schedule(at, wanted.tolist(), hits, misses)
+        self._ahead.fetch(at, wanted)
+        return self._end(at)
+
+    def _schedule(self, at: LayerMoment, wanted: list[int], hits: list[int], misses: list[int]) -> None:
+        """Add the tasks of the layer's experts: those that are there first, then the missing ones, the fullest first."""
+        for expert in sorted(hits, key=lambda e: not self.transfers.has_arrived(self.key(at.layer, e))):
             self._compute_resident(at, expert)
         for expert in sorted(misses, key=lambda e: (-int(at.counts[e]), e)):
-            self._compute_missing(at, expert, set(wanted.tolist()))
-        if self.prefetcher is not None and at.layer + 1 < self.model.num_moe_layers:
-            self._prefetch(at, wanted)
-        return self.graph.barrier(at.tasks, step=at.step.index, layer=at.layer)
+            self._compute_missing(at, expert, set(wanted))
 
-    def _key(self, layer: int, expert: int) -> int:
+    def _end(self, at: LayerMoment) -> int:
+        """Add the barrier that ends the layer; what it defers ends the next one (the last layer defers nothing)."""
+        last = at.layer + 1 == self.model.num_moe_layers
+        ends = [*at.tasks, *self._deferred, *(at.deferred if last else ())]
+        self._deferred = [] if last else at.deferred
+        return self.graph.barrier(ends, step=at.step.index, layer=at.layer)
+
+    def begins_request(self, at: LayerMoment) -> bool:
+        """Return whether a request that no earlier step held begins with this access."""
+        return self._new_request and at.layer == 0
+
+    def key(self, layer: int, expert: int) -> int:
+        """Return the cache's key of an expert."""
         return layer * self.model.num_experts + expert
 
-    def _count_accesses(self, at: _Layer, hits: Sequence[int], misses: Sequence[int]) -> None:
-        late = [e for e in hits if not self.transfers.has_arrived(self._key(at.layer, e))]
-        ahead = [e for e in hits if self._key(at.layer, e) in self._prefetched]
+    def _count_accesses(self, at: LayerMoment, hits: Sequence[int], misses: Sequence[int]) -> None:
+        late = [e for e in hits if not self.transfers.has_arrived(self.key(at.layer, e))]
+        ahead = self._ahead.used(at.layer, hits)
         counts = {
             "accesses": len(hits) + len(misses),
             "hits": len(hits) - len(late),
@@ -191,31 +187,18 @@ class OffloadProgram:
         }
         for name, value in counts.items():
             self.cache_counts[name][at.layer] += value
-        self._prefetched -= {self._key(at.layer, e) for e in ahead}
 
-    def _drop_useless(self, layer: int, wanted: set[int]) -> None:
-        """Cancel what is still queued of this layer's prefetches that the router did not choose."""
-        for key in sorted(k for k in self._prefetched if k // self.model.num_experts == layer):
-            expert = key % self.model.num_experts
-            if expert in wanted:
-                continue
-            self._prefetched.discard(key)
-            self.cache_counts["useless_prefetches"][layer] += 1
-            if not self.transfers.has_arrived(key) and self.transfers.cancel_rest(key):
-                self.cache_counts["cancelled_prefetches"][layer] += 1
-                self.cache.release(layer, expert)
-
-    def _compute_resident(self, at: _Layer, expert: int) -> None:
+    def _compute_resident(self, at: LayerMoment, expert: int) -> None:
         """Compute an expert that is in a slot, or on its way to one: then the rest of its copy goes first,
         or the CPU computes it once more where that is its part."""
-        key = self._key(at.layer, expert)
+        key = self.key(at.layer, expert)
         if self.policy.miss == "cpu" and self.transfers.in_background(key):
             self._compute_on_cpu(at, expert)
             return
         arrival = self.transfers.promote(key, PRIORITY_DEMAND)
         self._compute(at, expert, self.cache.slot_of(at.layer, expert), [at.router, *arrival])
 
-    def _compute(self, at: _Layer, expert: int, slot: int, deps: list[int]) -> None:
+    def _compute(self, at: LayerMoment, expert: int, slot: int, deps: list[int]) -> None:
         tokens = int(at.counts[expert])
         work = experts_work(self.model, tokens, 1, tokens)
         cost = self.cost.grouped_ffn(self.machine.device, work)
@@ -235,20 +218,24 @@ class OffloadProgram:
         self.transfers.use(slot, task)
         at.tasks.append(task)
 
-    def _compute_missing(self, at: _Layer, expert: int, wanted: set[int]) -> None:
+    def _compute_missing(self, at: LayerMoment, expert: int, wanted: set[int]) -> None:
         """Run a missing expert on the CPU, or fetch it: into a slot, or through a staging slot.
 
         The staging slots take what the policy does not admit or would rather not keep, and what a layer
         needs beyond its slots; such an expert is used once and not kept.
         """
-        key = self._key(at.layer, expert)
-        self.transfers.forget(key)
+        self.transfers.forget(self.key(at.layer, expert))
         if self.on_cpu(int(at.counts[expert])):
             self._compute_on_cpu(at, expert)
             if self.policy.admit:
                 self._admit(at, expert, wanted)
             return
-        reserved = self._reserve(at.layer, expert, at.now, {self._key(at.layer, e) for e in wanted})
+        self._load(at, expert, wanted)
+
+    def _load(self, at: LayerMoment, expert: int, wanted: set[int], *, keep: bool = True) -> None:
+        """Fetch an expert, then compute it on the device; without `keep` it passes through a staging slot."""
+        key = self.key(at.layer, expert)
+        reserved = self.reserve(at, at.layer, expert, {self.key(at.layer, e) for e in wanted}) if keep else -1
         slot = self.transfers.staging_slot() if reserved < 0 else reserved
         arrival = self.transfers.fetch(
             key, slot, "load", PRIORITY_DEMAND, at.router, at.step.index, resident=reserved >= 0
@@ -264,7 +251,7 @@ class OffloadProgram:
         load_s = self.transfers.seconds() + self.cost.grouped_ffn(self.machine.device, work).seconds
         return self.cost.grouped_ffn(self.machine.cpu, work).seconds < load_s
 
-    def _compute_on_cpu(self, at: _Layer, expert: int) -> None:
+    def _compute_on_cpu(self, at: LayerMoment, expert: int) -> None:
         """Send the rows down, compute there, bring the results back."""
         tokens = int(at.counts[expert])
         work = experts_work(self.model, tokens, 1, tokens)
@@ -281,7 +268,7 @@ class OffloadProgram:
                     kind,
                     resource,
                     cost,
-                    [last],
+                    [last, *self._cpu_waits_for(at, expert)],
                     at.step,
                     at.layer,
                     expert=expert,
@@ -295,41 +282,25 @@ class OffloadProgram:
         self.cache_counts["cpu_misses"][at.layer] += 1
         at.tasks.append(last)
 
-    def _admit(self, at: _Layer, expert: int, wanted: set[int]) -> None:
+    def _admit(self, at: LayerMoment, expert: int, wanted: set[int]) -> None:
         """Fetch an expert that the CPU is computing, for its next use."""
-        slot = self._reserve(at.layer, expert, at.now, {self._key(at.layer, e) for e in wanted})
+        slot = self.reserve(at, at.layer, expert, {self.key(at.layer, e) for e in wanted})
         if slot >= 0:
-            key = self._key(at.layer, expert)
+            key = self.key(at.layer, expert)
             self.transfers.fetch(key, slot, "admit", PRIORITY_ADMIT, at.router, at.step.index)
             self.cache_counts["admits"][at.layer] += 1
 
-    def _reserve(self, layer: int, expert: int, now: int, protected: set[int]) -> int:
+    def reserve(self, at: LayerMoment, layer: int, expert: int, protected: set[int]) -> int:
         """Return a slot for an expert, -1 if it gets none; whoever leaves the slot is forgotten."""
-        reservation = self.cache.reserve(layer, expert, now, protected)
+        reservation = self.cache.reserve(layer, expert, at.now, protected)
         if reservation is None:
             return -1
         victim = reservation.victim_key
-        if victim in self._prefetched:
-            self._prefetched.discard(victim)
-            self.cache_counts["useless_prefetches"][victim // self.model.num_experts] += 1
+        self._ahead.lost(victim)
+        if victim >= 0 and self.policy.write_back and self.transfers.has_arrived(victim):
+            self.transfers.write_back(victim, reservation.slot, at.router, at.step.index)
         self.transfers.forget(victim)
         return reservation.slot
-
-    def _prefetch(self, at: _Layer, wanted: np.ndarray) -> None:
-        """Fetch predicted experts of the next layer into slots that no other prediction holds."""
-        assert self.prefetcher is not None
-        layer = at.layer + 1
-        predicted = self.prefetcher.predict(at.layer, wanted, at.counts[wanted], at.now)
-        protected = {self._key(layer, e) for e in predicted} | {self._key(at.layer, e) for e in wanted.tolist()}
-        for expert in predicted:
-            key = self._key(layer, expert)
-            if self.cache.slot_of(layer, expert) >= 0:
-                continue
-            slot = self._reserve(layer, expert, at.now, protected)
-            if slot >= 0:
-                self.transfers.fetch(key, slot, "prefetch", PRIORITY_PREFETCH, at.router, at.step.index)
-                self._prefetched.add(key)
-                self.cache_counts["prefetches"][layer] += 1
 
     def _dense(self, kind: str, work: DenseWork, deps: tuple[int, ...], step: Step, layer: int) -> int:
         cost = self.cost.dense(self.machine.device, work)

@@ -23,7 +23,8 @@ from moesim.cache.prefetch import PREFETCHERS, SEES_FUTURE, PrefetchContext, Pre
 from moesim.cache.scores import RouterScores, request_starts, router_scores
 from moesim.hardware.cost import CostModel
 from moesim.lowering.machine import OffloadMachine, offload_machine
-from moesim.lowering.offload import OffloadPolicy, OffloadProgram
+from moesim.lowering.offload import OffloadProgram
+from moesim.lowering.offload_policy import OffloadPolicy
 from moesim.lowering.offload_bound import OffloadBound, offload_bound
 from moesim.model.spec import ModelSpec
 from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note

@@ -20,7 +20,8 @@ from moesim.hardware.cost import CostModel
 from moesim.hardware.work import SOURCES
 from moesim.lowering.graph import KINDS, LABELS, NONE, PRIORITY_ADMIT, PRIORITY_PREFETCH, Program
 from moesim.lowering.machine import OffloadMachine
-from moesim.lowering.offload import CACHE_COLUMNS, OffloadProgram
+from moesim.lowering.offload import OffloadProgram
+from moesim.lowering.offload_policy import CACHE_COLUMNS
 from moesim.lowering.task_arrays import TaskArrays
 from moesim.lowering.transfers import Transfers
 from moesim.simulate import compiled_offload_layout as k
@@ -44,6 +45,8 @@ def supports(program: Program) -> TypeGuard[OffloadProgram]:
     parts = ((program.machine, OffloadMachine), (program.transfers, Transfers), (cache, ExpertCache),
              (program.cost, CostModel))
     if any(type(part) is not expected for part, expected in parts) or type(policy) not in POLICY_TYPES:
+        return False
+    if program.policy.write_back or hasattr(program.prefetcher, "wishes"):
         return False
     if not program.steps or not all(len(record.step.rows) for record in program.steps) or cache._now != BEFORE_THE_RUN:
         return False

@@ -14,7 +14,8 @@ from moesim.cache.policies.static import StaticPolicy
 from moesim.cache.prefetch import NoPrefetch
 from moesim.lowering.graph import KINDS
 from moesim.lowering.machine import STAGING_SLOTS
-from moesim.lowering.offload import MISSES, OffloadProgram
+from moesim.lowering.offload import OffloadProgram
+from moesim.lowering.offload_policy import MISSES
 from moesim.lowering.task_arrays import SOURCE_NAMES
 from moesim.simulate import compiled_offload_layout as k
 from moesim.units import ns_from_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from moesim.lowering.offload import OffloadProgram
 
 if TYPE_CHECKING:
     from moesim.cache.policy import AccessStream
+    from moesim.cache.prefetch import Prefetcher
 
 WINDOW_USES = 1 << 20
 SORT_BELOW = 32
@@ -112,8 +113,7 @@ def predictor(program: OffloadProgram) -> Callable[[Window], np.ndarray]:
 
 
 def _asked(program: OffloadProgram, window: Window) -> np.ndarray:
-    prefetcher, layers = program.prefetcher, program.trace.num_layers
-    assert prefetcher is not None
+    prefetcher, layers = cast("Prefetcher", program.prefetcher), program.trace.num_layers
     found: list[list[int]] = []
     experts, tokens = window.experts.astype(np.int64), window.tokens.astype(np.int64)
     offsets = window.offsets.tolist()

@@ -12,7 +12,8 @@ from moesim.hardware.cost import CostModel
 from moesim.hardware.load import load_hardware
 from moesim.lowering.expert_parallel import ExpertParallelProgram
 from moesim.lowering.machine import offload_machine
-from moesim.lowering.offload import OffloadPolicy, OffloadProgram
+from moesim.lowering.offload import OffloadProgram
+from moesim.lowering.offload_policy import OffloadPolicy
 from moesim.model.spec import AttentionSpec, ModelSpec
 from moesim.placement.plan import PlacementPlan
 from moesim.traces.steps import closed_loop_steps
