@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moesim.artifacts import catalog_folder
 from moesim.errors import InputError
 from moesim.hardware.cost import CostModel
+from moesim.hardware.energy import energy_j
 from moesim.hardware.load import load_hardware
 from moesim.hardware.spec import Link
 
@@ -47,7 +48,8 @@ def test_between_sizes_is_the_geometric_mean_and_beyond_them_the_last_rate() -> 
     middle = (a / share_a * b / share_b) ** 0.5 / 4e9
     assert drive().seconds((a * b) ** 0.5) == pytest.approx(middle, rel=1e-9)
     assert drive().seconds(2.0**30) == pytest.approx(2.0**30 / 4e9)
-    assert drive().seconds(1) == drive().seconds(4096) and drive().seconds(0) == 100e-6
+    assert drive().seconds(1) == drive().seconds(4096)
+    assert drive().seconds(0) == 100e-6
 
 
 @given(st.lists(st.floats(1, 2.0**34), min_size=2, max_size=20), st.floats(0.1, 1))
@@ -87,3 +89,12 @@ def test_power_is_read(tmp_path: Path) -> None:
     hardware = load_hardware(machine_file(tmp_path, gpu="idle_w: 20\n    busy_w: 450"))
     assert (hardware.device("node0.gpu0").idle_w, hardware.device("node0.gpu0").busy_w) == (20.0, 450.0)
     assert hardware.device("node0.cpu0").idle_w is None
+
+
+def test_energy_is_idle_power_over_the_run_and_busy_power_on_top(tmp_path: Path) -> None:
+    """By hand: 10 s at 20 W, and 430 W more for 4 of them; a device without power makes the sum unknown."""
+    hardware = load_hardware(machine_file(tmp_path, gpu="idle_w: 20\n    busy_w: 450"))
+    assert energy_j(hardware, {"node0.gpu0": 4.0}, 10.0) == pytest.approx(10 * 20 + 4 * 430)
+    assert energy_j(hardware, {"node0.gpu0": 4.0, "node0.cpu0": 1.0}, 10.0) is None
+    with pytest.raises(InputError, match="cannot be busy"):
+        energy_j(hardware, {"node0.gpu0": 11.0}, 10.0)

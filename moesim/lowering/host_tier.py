@@ -121,7 +121,8 @@ class TieredOffloadProgram(OffloadProgram):
             raise InputError(f"{self._host.num_slots} host slots need {format_bytes(needed)}, but {memory.name!r} holds "
                              f"{format_bytes(memory.num_bytes)}")
 
-    def _cpu_can_reach_experts(self) -> bool:
+    def cpu_can_reach_experts(self) -> bool:
+        """Return True: over host memory."""
         return True
 
     def _moe_layer(self, at: LayerMoment) -> int:

@@ -18,9 +18,11 @@ from moesim.cache.prefetch import LookaheadPrefetcher, Prefetcher
 from moesim.errors import InputError
 from moesim.hardware.cost import CostModel
 from moesim.hardware.work import Cost, DenseWork
+from moesim.lowering.assigned import Assigned
 from moesim.lowering.batch import StepRecord, expert_counts, head_rows
 from moesim.lowering.graph import PRIORITY_ADMIT, PRIORITY_COMPUTE, PRIORITY_DEMAND, ExecutorView, TaskGraph
 from moesim.lowering.machine import OffloadMachine
+from moesim.lowering.misses.rule import MissRule
 from moesim.lowering.offload_policy import CACHE_COLUMNS, OffloadPolicy
 from moesim.lowering.prefetching import Prefetching
 from moesim.lowering.transfers import Transfers
@@ -62,6 +64,7 @@ class OffloadProgram:
         cache: ExpertCache,
         policy: OffloadPolicy,
         prefetcher: Prefetcher | LookaheadPrefetcher | None = None,
+        rule: MissRule | None = None,
     ) -> None:
         trace.check_model(model)
         self._check_memory(model, machine, cache, max((_kv_tokens(trace, step) for step in steps), default=0))
@@ -75,7 +78,9 @@ class OffloadProgram:
             self.graph, machine, cost, model.expert_bytes, policy.chunks, cache.num_slots, model.num_experts
         )
         self.cache_counts = {name: np.zeros(model.num_moe_layers, np.int64) for name in CACHE_COLUMNS}
+        self.rule = rule
         self._ahead = Prefetching(self)
+        self._assigned = Assigned(self, rule) if rule is not None else None
         self._deferred: list[int] = []
         self._seen_requests: set[int] = set()
         self._new_request = False
@@ -86,11 +91,12 @@ class OffloadProgram:
 
     def _check_cpu(self, what: str) -> None:
         """Raise InputError unless the CPU can compute experts."""
-        if not self._cpu_can_reach_experts():
+        if not self.cpu_can_reach_experts():
             raise InputError(
                 f"{what} needs the experts in the CPU's memory, but they lie in {self.machine.slow_memory!r}")
 
-    def _cpu_can_reach_experts(self) -> bool:
+    def cpu_can_reach_experts(self) -> bool:
+        """Return whether the CPU can compute an absent expert."""
         return self.machine.cpu_sees_experts
 
     def _cpu_waits_for(self, at: LayerMoment, expert: int) -> list[int]:
@@ -154,8 +160,11 @@ class OffloadProgram:
 
     def _schedule(self, at: LayerMoment, wanted: list[int], hits: list[int], misses: list[int]) -> None:
         """Add the tasks of the layer's experts: those that are there first, then the missing ones, the fullest first."""
+        if self._assigned is not None:
+            self._assigned.schedule(at, wanted)
+            return
         for expert in sorted(hits, key=lambda e: not self.transfers.has_arrived(self.key(at.layer, e))):
-            self._compute_resident(at, expert)
+            self.compute_resident(at, expert)
         for expert in sorted(misses, key=lambda e: (-int(at.counts[e]), e)):
             self._compute_missing(at, expert, set(wanted))
 
@@ -188,12 +197,12 @@ class OffloadProgram:
         for name, value in counts.items():
             self.cache_counts[name][at.layer] += value
 
-    def _compute_resident(self, at: LayerMoment, expert: int) -> None:
+    def compute_resident(self, at: LayerMoment, expert: int) -> None:
         """Compute an expert that is in a slot, or on its way to one: then the rest of its copy goes first,
         or the CPU computes it once more where that is its part."""
         key = self.key(at.layer, expert)
         if self.policy.miss == "cpu" and self.transfers.in_background(key):
-            self._compute_on_cpu(at, expert)
+            at.tasks.append(self.compute_on_cpu(at, expert))
             return
         arrival = self.transfers.promote(key, PRIORITY_DEMAND)
         self._compute(at, expert, self.cache.slot_of(at.layer, expert), [at.router, *arrival])
@@ -226,13 +235,13 @@ class OffloadProgram:
         """
         self.transfers.forget(self.key(at.layer, expert))
         if self.on_cpu(int(at.counts[expert])):
-            self._compute_on_cpu(at, expert)
+            at.tasks.append(self.compute_on_cpu(at, expert))
             if self.policy.admit:
                 self._admit(at, expert, wanted)
             return
-        self._load(at, expert, wanted)
+        self.load(at, expert, wanted)
 
-    def _load(self, at: LayerMoment, expert: int, wanted: set[int], *, keep: bool = True) -> None:
+    def load(self, at: LayerMoment, expert: int, wanted: set[int], *, keep: bool = True) -> None:
         """Fetch an expert, then compute it on the device; without `keep` it passes through a staging slot."""
         key = self.key(at.layer, expert)
         reserved = self.reserve(at, at.layer, expert, {self.key(at.layer, e) for e in wanted}) if keep else -1
@@ -251,8 +260,8 @@ class OffloadProgram:
         load_s = self.transfers.seconds() + self.cost.grouped_ffn(self.machine.device, work).seconds
         return self.cost.grouped_ffn(self.machine.cpu, work).seconds < load_s
 
-    def _compute_on_cpu(self, at: LayerMoment, expert: int) -> None:
-        """Send the rows down, compute there, bring the results back."""
+    def compute_on_cpu(self, at: LayerMoment, expert: int) -> int:
+        """Send the rows down, compute there, bring the results back; returns the last of these tasks."""
         tokens = int(at.counts[expert])
         work = experts_work(self.model, tokens, 1, tokens)
         num_bytes = round(tokens * self.model.hidden_size * self.model.activation_bytes)
@@ -280,7 +289,7 @@ class OffloadProgram:
                 cost = self.machine.activation_copy(self.cost, num_bytes)
                 last = self._add(kind, resource, cost, [last], at.step, at.layer, expert=expert, num_bytes=num_bytes)
         self.cache_counts["cpu_misses"][at.layer] += 1
-        at.tasks.append(last)
+        return last
 
     def _admit(self, at: LayerMoment, expert: int, wanted: set[int]) -> None:
         """Fetch an expert that the CPU is computing, for its next use."""

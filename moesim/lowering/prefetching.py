@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moesim.cache.prefetch import PrefetchMoment, Wish
+from moesim.cache.prefetchers import PrefetchMoment, Wish
 from moesim.lowering.graph import PRIORITY_PREFETCH
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Prefetching:
         protected = {key(wish.layer, wish.expert) for wish in wishes} | {key(at.layer, e) for e in wanted.tolist()}
         if hasattr(self._program.prefetcher, "wishes"):
             protected |= self._waiting  # predictions of several layers stand side by side
+            protected |= {key(*named) for named in getattr(self._program.prefetcher, "named", ())}
         for wish in wishes:
             if self._program.cache.slot_of(wish.layer, wish.expert) < 0:
                 self._fetch(at, wish, protected)

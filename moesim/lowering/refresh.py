@@ -14,6 +14,7 @@ import numpy as np
 
 from moesim.errors import InputError, unknown
 from moesim.hardware.cost import CostModel
+from moesim.hardware.work import DenseWork
 from moesim.lowering.machine import OffloadMachine
 from moesim.lowering.work import attention_work, dense_work, experts_work, head_work, router_work, shared_work
 from moesim.model.spec import ModelSpec
@@ -171,7 +172,7 @@ def refresh_problem(model: ModelSpec, trace: RoutingTrace, passes: DenoisePasses
         raise InputError(f"refresh: popularity must be [layer, expert] = {shape}, got {prior.shape}")
     costs = refresh_costs(model, machine, cost, int(passes.counts.max()), write_back=write_back, overlap=overlap)
     return RefreshProblem(passes, costs, budget, top_sets(prior, budget), target_sets(passes.counts, budget, prior),
-                          other_ns(model, trace, passes, machine, cost))
+                          other_ns(model, trace, passes, machine.device, cost))
 
 
 def top_sets(rank: np.ndarray, budget: int) -> np.ndarray:
@@ -192,27 +193,31 @@ def target_sets(counts: np.ndarray, budget: int, prior: np.ndarray) -> np.ndarra
     return top_sets(counts * (int(so_far.max()) + 1) + so_far, budget)
 
 
-def other_ns(model: ModelSpec, trace: RoutingTrace, passes: DenoisePasses, machine: OffloadMachine,
-             cost: CostModel) -> np.ndarray:
-    """Return int64[step], the time of a pass without its routed experts, on the GPU, one operation after another.
+def other_ns(model: ModelSpec, trace: RoutingTrace, passes: DenoisePasses, device: str, cost: CostModel) -> np.ndarray:
+    """Return int64[step], the time of a pass without its routed experts on `device`, one operation after another.
 
     Tokens of the active block attend to all of it and to what is before; routed tokens before it to what is before them.
     The head is applied to the active block.
     """
     found = np.zeros(passes.num_steps, np.int64)
-    for step, rows in enumerate(passes.rows):
-        tokens, active = len(rows), int(passes.active[step])
-        before = np.sort(trace.position[rows])[:tokens - active]
-        context = active * int(passes.block_end[step]) + int((before + 1).sum())
-        works = [(model.num_layers, attention_work(model, tokens, context)), (1, head_work(model, active)),
-                 (model.num_moe_layers, router_work(model, tokens))]
-        if model.shared_intermediate_size:
-            works.append((model.num_moe_layers, shared_work(model, tokens)))
-        if model.num_dense_layers:
-            works.append((model.num_dense_layers, dense_work(model, tokens)))
-        found[step] = sum(times * ns_from_s(cost.dense(machine.device, work).seconds + cost.task_overhead(work.op).seconds)
-                          for times, work in works)
+    for step in range(passes.num_steps):
+        found[step] = sum(times * ns_from_s(cost.dense(device, work).seconds + cost.task_overhead(work.op).seconds)
+                          for times, work in pass_works(model, trace, passes, step))
     return found
+
+
+def pass_works(model: ModelSpec, trace: RoutingTrace, passes: DenoisePasses, step: int) -> list[tuple[int, DenseWork]]:
+    """Return (times, work) of the operations of a pass that are no routed expert (see `other_ns`)."""
+    rows, active = passes.rows[step], int(passes.active[step])
+    before = np.sort(trace.position[rows])[:len(rows) - active]
+    context = active * int(passes.block_end[step]) + int((before + 1).sum())
+    works = [(model.num_layers, attention_work(model, len(rows), context)), (1, head_work(model, active)),
+             (model.num_moe_layers, router_work(model, len(rows)))]
+    if model.shared_intermediate_size:
+        works.append((model.num_moe_layers, shared_work(model, len(rows))))
+    if model.num_dense_layers:
+        works.append((model.num_dense_layers, dense_work(model, len(rows))))
+    return works
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from moesim.errors import InputError
 from moesim.hardware.cost import CostModel
+from moesim.hardware.spec import HardwareSpec
+from moesim.lowering.refresh import other_ns
 from moesim.lowering.work import experts_work
 from moesim.model.spec import ModelSpec
 from moesim.traces.coresets import expected_union, published_debit
 from moesim.traces.denoise_passes import DenoisePasses, denoise_passes, distinct_experts
 from moesim.traces.trace import RoutingTrace
+from moesim.units import format_bytes, ns_from_s
 
 
 def expert_layers_s(model: ModelSpec, passes: DenoisePasses, cost: CostModel, device: str) -> np.ndarray:
@@ -44,18 +48,42 @@ def coreset_rows(model: ModelSpec, traces: Mapping[tuple[str, float], RoutingTra
     rows = []
     for (method, setting), trace in traces.items():
         trace.check_model(model)
-        passes = denoise_passes(trace)
-        unique = float(distinct_experts(passes).mean())
-        published = published_debit(method, setting, model.name)
-        rows.append({
-            "method": method, "setting": setting, "unique_experts": unique,
-            "no_locality_experts": float(np.mean([expected_union(model.num_experts, model.top_k, len(rows))
-                                                  for rows in passes.rows])),
-            "expert_bytes_per_layer": unique * model.expert_bytes,
-            "experts_s_per_step": float(expert_layers_s(model, passes, cost, device).sum(axis=1).mean()),
-            "empty_share": trace.metadata.get("coreset", {}).get("empty_share", 0.0),
-            "published_experts": published.unique_experts if published else None,
-            "published_accuracy": published.relative_accuracy if published else None,
-            "published_source": published.source if published else None,
-        })
+        rows.append(coreset_row(model, method, setting, denoise_passes(trace), cost, device)
+                    | {"empty_share": trace.metadata.get("coreset", {}).get("empty_share", 0.0)})
     return rows
+
+
+def coreset_row(model: ModelSpec, method: str, setting: float, passes: DenoisePasses, cost: CostModel,
+                device: str) -> dict[str, Any]:
+    """Return one row of `coreset_rows`, but for its `empty_share`, from the counts of rewritten passes."""
+    unique = float(distinct_experts(passes).mean())
+    published = published_debit(method, setting, model.name)
+    return {
+        "method": method, "setting": setting, "unique_experts": unique,
+        "no_locality_experts": float(np.mean([expected_union(model.num_experts, model.top_k, len(rows))
+                                              for rows in passes.rows])),
+        "expert_bytes_per_layer": unique * model.expert_bytes,
+        "experts_s_per_step": float(expert_layers_s(model, passes, cost, device).sum(axis=1).mean()),
+        "published_experts": published.unique_experts if published else None,
+        "published_accuracy": published.relative_accuracy if published else None,
+        "published_source": published.source if published else None,
+    }
+
+
+def resident_ns(model: ModelSpec, trace: RoutingTrace, passes: DenoisePasses, cost: CostModel,
+                device: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return (experts, all else), int64[step] each: what a pass takes with every expert in the memory of `device`."""
+    overhead = cost.task_overhead("experts").seconds
+    layers = expert_layers_s(model, passes, cost, device)
+    experts = [sum(ns_from_s(seconds + overhead) for seconds in row if seconds > 0) for row in layers.tolist()]
+    return np.array(experts, np.int64), other_ns(model, trace, passes, device, cost)
+
+
+def check_resident(model: ModelSpec, hardware: HardwareSpec, device: str, kv_tokens: int) -> None:
+    """Raise InputError unless all weights and the cache of `kv_tokens` fit into the device's own memory."""
+    memory = hardware.memory_of(device)
+    needed = (model.non_expert_bytes + model.num_pool_experts * model.expert_bytes
+              + kv_tokens * model.kv_bytes_per_token_layer * model.num_layers)
+    if needed > memory.num_bytes:
+        raise InputError(f"with all experts {model.name!r} needs {format_bytes(needed)}, but {memory.name!r} of "
+                         f"{hardware.name!r} holds {format_bytes(memory.num_bytes)}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from moesim.hardware.cost import CostModel
 from moesim.lowering.machine import OffloadMachine
 from moesim.lowering.refresh import RefreshProblem, RefreshResult, refresh_problem, run_schedule
 from moesim.lowering.refresh_policies import FixedInterval, Never, SkiRental, best_fixed_interval
-from moesim.lowering.refresh_schedule import optimal_schedule, train_pattern
+from moesim.lowering.refresh_schedule import BestSchedule, optimal_schedule, train_pattern
 from moesim.model.spec import ModelSpec
 from moesim.traces.denoise_passes import DenoisePasses, denoise_passes
 from moesim.traces.split import split_requests
@@ -23,14 +24,26 @@ from moesim.units import s_from_ns
 CAUSAL, TRAINED, OFFLINE = "causal", "trained", "offline"
 
 
+class Denoised(NamedTuple):
+    """A trace and its denoising passes."""
+
+    trace: RoutingTrace
+    passes: DenoisePasses
+
+
 @dataclass(frozen=True)
 class DiffusionSetup:
-    """A problem to fit on and one to run on; `tau` and `factor` are those of the policies that have one."""
+    """A problem to fit on and one to run on, and the best schedule of the second, each layer its own.
+
+    `tau`, `factor` and `reset_at_block` are those of the policies that have one (``interval*``, ``ski-rental``).
+    """
 
     train: RefreshProblem
     test: RefreshProblem
-    tau: int
-    factor: float
+    best: BestSchedule
+    tau: int = 4
+    factor: float = 1.0
+    reset_at_block: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,8 @@ def _every_step(setup: DiffusionSetup) -> Ran:
 
 
 def _fixed(setup: DiffusionSetup) -> Ran:
-    return Ran(run_schedule(setup.test, FixedInterval(setup.tau).schedule(setup.test)), setup.tau)
+    policy = FixedInterval(setup.tau, setup.reset_at_block)
+    return Ran(run_schedule(setup.test, policy.schedule(setup.test)), setup.tau)
 
 
 def _released(setup: DiffusionSetup) -> Ran:
@@ -72,7 +86,8 @@ def _pattern(setup: DiffusionSetup, common: bool, whole_request: bool = False) -
 
 
 def _optimal(setup: DiffusionSetup, common: bool) -> Ran:
-    return Ran(run_schedule(setup.test, optimal_schedule(setup.test, common=common).refresh))
+    best = optimal_schedule(setup.test, common=True) if common else setup.best
+    return Ran(run_schedule(setup.test, best.refresh))
 
 
 # name -> (what it knows, how it is run); `trained` means fitted on the training requests alone
@@ -116,28 +131,45 @@ def diffusion_rows(model: ModelSpec, trace: RoutingTrace, machine: OffloadMachin
     if not policies:
         raise InputError("diffusion: at least one policy is needed")
     for name in policies:
-        if name not in POLICIES:
-            raise unknown("refresh policy", name, POLICIES)
-    train, test = split_requests(trace, train_fraction, seed)
-    parts = denoise_passes(train), denoise_passes(test)
-    popularity = parts[0].counts.sum(axis=0)
-    problems = [refresh_problem(model, part, passes, machine, cost, budget, popularity=popularity,
-                                write_back=write_back, overlap=overlap)
-                for part, passes in zip((train, test), parts, strict=True)]
-    setup = DiffusionSetup(problems[0], problems[1], tau, factor)
-    best_ns = optimal_schedule(setup.test).schedule_ns
-    tokens = _decided_tokens(parts[1])
-    return [_row(name, setup, best_ns, tokens) for name in policies]
+        check_policy(name)
+    train, test = (Denoised(part, denoise_passes(part)) for part in split_requests(trace, train_fraction, seed))
+    setup = diffusion_setup(model, train, test, machine, cost, budget, write_back=write_back, overlap=overlap)
+    setup = dataclasses.replace(setup, tau=tau, factor=factor)
+    return [policy_row(name, setup) for name in policies]
 
 
-def _decided_tokens(passes: DenoisePasses) -> int:
-    first = np.flatnonzero(passes.block_starts)
-    return int(passes.active[first].sum())  # at its first pass all tokens of a block are masked, so routed in every mode
+def check_policy(name: str) -> None:
+    """Raise InputError, with a suggestion, unless there is a refresh policy of this name."""
+    if name not in POLICIES:
+        raise unknown("refresh policy", name, POLICIES)
 
 
-def _row(name: str, setup: DiffusionSetup, best_ns: int, tokens: int) -> dict[str, Any]:
-    knows, run = POLICIES[name]
-    ran = run(setup)
+def diffusion_setup(model: ModelSpec, train: Denoised, test: Denoised, machine: OffloadMachine, cost: CostModel,
+                    budget: int, *, write_back: bool = False, overlap: bool = True) -> DiffusionSetup:
+    """Return what the policies of one budget share; the popular experts of `train` are on the GPU at the start of both.
+
+    Raises:
+        InputError: what `refresh_problem` and `optimal_schedule` refuse.
+    """
+    popularity = train.passes.counts.sum(axis=0)
+    fit, run = (refresh_problem(model, part.trace, part.passes, machine, cost, budget, popularity=popularity,
+                                write_back=write_back, overlap=overlap) for part in (train, test))
+    return DiffusionSetup(fit, run, optimal_schedule(run))
+
+
+def decided_tokens(passes: DenoisePasses) -> int:
+    """Return the tokens of all blocks: at its first pass all tokens of a block are masked, so routed in every mode."""
+    return int(passes.active[np.flatnonzero(passes.block_starts)].sum())
+
+
+def run_named(name: str, setup: DiffusionSetup) -> Ran:
+    """Run one policy of `POLICIES`."""
+    return POLICIES[name][1](setup)
+
+
+def policy_row(name: str, setup: DiffusionSetup) -> dict[str, Any]:
+    """Run one policy and return its row (see `diffusion_rows`)."""
+    knows, ran = POLICIES[name][0], run_named(name, setup)
     result, passes = ran.result, setup.test.passes
     calls = int((passes.counts > 0).sum())
     layers, steps = setup.test.num_layers, setup.test.num_steps
@@ -153,6 +185,6 @@ def _row(name: str, setup: DiffusionSetup, best_ns: int, tokens: int) -> dict[st
         "other_s": s_from_ns(int(result.other_ns.sum())),
         "total_s": s_from_ns(result.total_ns),
         "step_s": s_from_ns(result.total_ns) / steps,
-        "tokens_per_s": tokens / s_from_ns(result.total_ns),
-        "over_optimal": result.schedule_ns / best_ns - 1.0,
+        "tokens_per_s": decided_tokens(passes) / s_from_ns(result.total_ns),
+        "over_optimal": result.schedule_ns / setup.best.schedule_ns - 1.0,
     }

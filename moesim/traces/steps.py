@@ -36,7 +36,7 @@ class Step:
 
 
 @dataclass
-class _Request:
+class Request:
     """An admitted request: its passes ``(phase, rows)``, of which those from `cursor` on are to come."""
 
     request_id: int
@@ -45,13 +45,21 @@ class _Request:
 
     @property
     def done(self) -> bool:
+        """Whether no pass is left."""
         return self.cursor >= len(self.passes)
 
     @property
     def next_phase(self) -> int | None:
+        """The phase of the next pass, None after the last."""
         return None if self.done else self.passes[self.cursor][0]
 
+    @property
+    def next_row(self) -> int:
+        """The row of the token that it decodes next."""
+        return int(self.passes[self.cursor][1][0])
+
     def pop(self) -> np.ndarray:
+        """Return the rows of the next pass and go on."""
         self.cursor += 1
         return self.passes[self.cursor - 1][1]
 
@@ -76,8 +84,8 @@ def closed_loop_steps(trace: RoutingTrace, *, batch_size: int, max_steps: int | 
     Raises:
         InputError: a size below 1, `repeat` without `max_steps`, or nothing left to run.
     """
-    _check(batch_size, max_steps, max_prefill_tokens, repeat)
-    queue = _arrivals(trace, include_prefill, repeat, seed)
+    check_loop(batch_size, max_steps, max_prefill_tokens, repeat)
+    queue = waiting_requests(trace, include_prefill, repeat, seed)
     steps: list[Step] = []
     for phase, parts in _passes(queue, batch_size, max_prefill_tokens):
         if max_steps is not None and len(steps) >= max_steps:
@@ -91,7 +99,8 @@ def closed_loop_steps(trace: RoutingTrace, *, batch_size: int, max_steps: int | 
     return steps
 
 
-def _check(batch_size: int, max_steps: int | None, max_prefill_tokens: int, repeat: bool) -> None:
+def check_loop(batch_size: int, max_steps: int | None, max_prefill_tokens: int, repeat: bool) -> None:
+    """Raise InputError for sizes below 1, or a loop without an end."""
     sizes = {"batch_size": batch_size, "max_steps": max_steps, "max_prefill_tokens": max_prefill_tokens}
     for name, value in sizes.items():
         if value is not None and value < 1:
@@ -100,7 +109,7 @@ def _check(batch_size: int, max_steps: int | None, max_prefill_tokens: int, repe
         raise InputError("repeat needs max_steps: a trace that starts again never ends")
 
 
-def _arrivals(trace: RoutingTrace, include_prefill: bool, repeat: bool, seed: int) -> Iterator[_Request]:
+def waiting_requests(trace: RoutingTrace, include_prefill: bool, repeat: bool, seed: int) -> Iterator[Request]:
     """Yield the requests in their shuffled order, over and over with new ids when `repeat`."""
     rows = np.arange(trace.num_tokens)
     if not include_prefill:
@@ -116,7 +125,7 @@ def _arrivals(trace: RoutingTrace, include_prefill: bool, repeat: bool, seed: in
     while copy == 0 or repeat:
         for index in order:
             own = requests[index]
-            yield _Request(_copied_id(int(trace.request_id[own[0]]), copy, stride), _split_passes(trace, own))
+            yield Request(_copied_id(int(trace.request_id[own[0]]), copy, stride), _split_passes(trace, own))
         copy += 1
 
 
@@ -136,10 +145,10 @@ def _split_passes(trace: RoutingTrace, rows: np.ndarray) -> list[tuple[int, np.n
     return [(int(trace.phase[part[0]]), part) for part in np.split(rows, np.flatnonzero(starts) + 1)]
 
 
-def _passes(queue: Iterator[_Request], batch_size: int,
+def _passes(queue: Iterator[Request], batch_size: int,
             max_prefill_tokens: int) -> Iterator[tuple[int, list[tuple[int, np.ndarray]]]]:
     """Yield (phase, [(request, rows)]) in order of execution."""
-    active: list[_Request] = []
+    active: list[Request] = []
     while True:
         active = [request for request in active if not request.done]
         while len(active) < batch_size and (new := next(queue, None)) is not None:
@@ -147,7 +156,7 @@ def _passes(queue: Iterator[_Request], batch_size: int,
         if not active:
             return
         prompts = [(r.request_id, r.pop()) for r in active if r.next_phase == PREFILL]
-        for parts in _pack(prompts, max_prefill_tokens):
+        for parts in pack_prompts(prompts, max_prefill_tokens):
             yield PREFILL, parts
         if prompts:
             continue  # a request that was only a prompt has made room
@@ -157,7 +166,7 @@ def _passes(queue: Iterator[_Request], batch_size: int,
                 yield phase, [(r.request_id, r.pop()) for r in members]
 
 
-def _pack(prompts: list[tuple[int, np.ndarray]], limit: int) -> Iterator[list[tuple[int, np.ndarray]]]:
+def pack_prompts(prompts: list[tuple[int, np.ndarray]], limit: int) -> Iterator[list[tuple[int, np.ndarray]]]:
     """Put prompts together in order while they fit in `limit` tokens; cut one that is longer alone."""
     batch: list[tuple[int, np.ndarray]] = []
     used = 0

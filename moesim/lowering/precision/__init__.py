@@ -1,0 +1,1 @@
+"""Offloaded inference with experts in several widths: HOBBIT, EdgeMoE and D2MoE as programs."""
