@@ -14,8 +14,10 @@ from moesim.cli_common import (
     ExecutorOption,
     JsonFlag,
     OneLineErrors,
+    PluginOption,
     console,
     emit_json,
+    load_plugins,
     output_folder,
     plain,
     show_files,
@@ -61,6 +63,7 @@ def run(
     output: Annotated[Path | None, typer.Option(help="Folder to write to (default: the scenario's).")] = None,
     only: Annotated[str | None, typer.Option(metavar="STUDY", help="Run only this study.")] = None,
     executor: ExecutorOption = "auto",
+    plugin: PluginOption = [],  # noqa: B006
     json: JsonFlag = False,
 ) -> None:
     """Run the studies of a scenario and write tables, results and a report."""
@@ -68,6 +71,7 @@ def run(
     from moesim.scenario.reporter import QuietReporter, RichReporter
     from moesim.scenario.run import run_scenario
 
+    load_plugins(plugin)
     loaded = load_scenario(scenario)
     folder = output_folder(output, loaded.output_folder)
     if json:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesim.cli_calibrate_show import profile_facts, show_breaks, show_contention, show_notes, show_profile
 from moesim.cli_common import (
+    EXIT_INTERRUPTED,
     JsonFlag,
     OptionList,
     SeedOption,
@@ -26,43 +28,80 @@ if TYPE_CHECKING:
     from moesim.calibrate.compare import ProfileComparison
     from moesim.calibrate.transfer import TransferError
     from moesim.hardware.profile import CalibrationProfile
+    from moesim.model.spec import ModelSpec
 
 calibrate_app = typer.Typer(
-    no_args_is_help=False, help="Measure this machine's kernels and copies, or take over what others measured.")
+    no_args_is_help=False, help="Measure this machine, or take over what others measured.")
 _VERSION_KEYS = ("version", "nccl_version", "exchange_version")
 
 
 @calibrate_app.callback(invoke_without_command=True)
 def calibrate(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="The *.profile.json file to write.")] = Path("local.profile.json"),
+    out: Annotated[Path, typer.Option(help="The *.profile.json file to write; OUT.partial keeps an interrupted run.")] = Path("local.profile.json"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 180.0,
+    seconds: Annotated[float | None, typer.Option(help="How long to measure, at most 300 (default: 120; with --full 300).")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every dtype that torch has here, and weights of 8 and 4 bits.")] = False,
+    parts: Annotated[str, typer.Option(help="What to measure, separated by commas.")] = "kernels,copies,files,collectives",
     model: Annotated[str, typer.Option(help="Whose kernels: a catalog name or config.json.")] = "olmoe-1b-7b",
     hidden: Annotated[int | None, typer.Option(min=1, help="Another hidden size.")] = None,
     expert_intermediate: Annotated[int | None, typer.Option(min=1, help="Another expert width.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    disk: Annotated[Path | None, typer.Option(help="A folder on the disk to read from (default: that of --out).")] = None,
     seed: SeedOption = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Measure this machine's kernels and copies with torch, and write a calibration profile."""
+    """Measure this machine's kernels, copies, files and collectives, and write a calibration profile."""
     if context.invoked_subcommand is not None:
         _refuse_stray_options(context)
         return
-    from moesim.calibrate.run import calibrate as measure
+    from moesim.calibrate.run import DEFAULT_SECONDS, MAX_SECONDS
     from moesim.model.catalog import load_model
 
+    if seconds is None:
+        seconds = MAX_SECONDS if full else DEFAULT_SECONDS
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds must be positive, got {seconds}")
+    if seconds > MAX_SECONDS:
+        raise InputError(f"--seconds must be at most {MAX_SECONDS:g}, got {seconds:g}")
     spec = resized(load_model(model), hidden, expert_intermediate)
-    with progress_bar(quiet=json) as bar:
-        profile = measure(spec, device=device, seconds=seconds, seed=seed, dtype=dtype, progress=bar)
-    path = profile.write(out)
+    options = {"device": device, "seconds": seconds, "seed": seed, "dtype": dtype, "full": full,
+               "parts": tuple(part.strip() for part in parts.split(",")), "disk": disk or out.absolute().parent}
+    _refuse_bad_output(out)
+    profile, path = _measure(spec, out, options, quiet=json)
     if json:
-        emit_json(_profile_facts(profile, path))
+        emit_json(profile_facts(profile, path))
         return
-    _show(profile)
+    show_profile(profile)
+    show_breaks(profile)
+    show_contention(profile)
+    show_notes(profile)
     show_files([path])
+
+
+def _refuse_bad_output(out: Path) -> None:
+    """Raise InputError, before any work, for a file to write that is a folder; make its folder."""
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder, not a file")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+
+
+def _measure(spec: ModelSpec, out: Path, options: dict[str, Any], *, quiet: bool) -> tuple[CalibrationProfile, Path]:
+    """Measure and write; an interrupted run leaves `out`.partial, from which the same command goes on."""
+    from moesim.calibrate import run
+
+    partial = out.with_name(f"{out.name}.partial")
+    if partial.exists():
+        typer.echo(f"going on from {partial}", err=True)
+    try:
+        with progress_bar(quiet=quiet) as bar:
+            profile = run.calibrate(spec, **options, partial=partial, progress=bar)
+    except KeyboardInterrupt:
+        typer.echo(f"error: interrupted; what was measured is in {partial}, and the same command goes on from there", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    path = profile.write(out)
+    partial.unlink(missing_ok=True)
+    return profile, path
 
 
 def _refuse_stray_options(context: typer.Context) -> None:
@@ -99,10 +138,10 @@ def import_(
         error = _held_out_error(profile, model, other, held_out, hardware)
     path = profile.write(out)
     if json:
-        emit_json(_profile_facts(profile, path) | ({"held_out": vars(error) | {"model": held_out}} if error else {}))
+        emit_json(profile_facts(profile, path) | ({"held_out": vars(error) | {"model": held_out}} if error else {}))
         return
-    _show(profile)
-    _show_import(profile)
+    show_profile(profile)
+    show_notes(profile)
     if error is not None:
         _show_held_out(error, str(model), str(held_out))
     show_files([path])
@@ -133,6 +172,25 @@ def _held_out_error(profile: CalibrationProfile, model: str, other: CalibrationP
     works = [partial(experts_work, as_measured(load_model(name), one.fingerprint["moe_dtype"], one.fingerprint["moe_tp"]))
              for one, name in pairs]
     return transfer_error(tables[0], works[0], tables[1], works[1], CostModel(spec), device)
+
+
+@calibrate_app.command()
+def form(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A *.profile.json that holds several forms.")],
+    name: Annotated[str, typer.Argument(metavar="FORM", help="loop, grouped_mm or bmm.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The *.profile.json file to write.")],
+    json: JsonFlag = False,
+) -> None:
+    """Choose the form of expert kernels that costs are taken from: the eager loop, grouped GEMM or padded batches."""
+    from moesim.hardware.profile import choose_form, read_profile
+
+    chosen = choose_form(read_profile(profile), name)
+    path = chosen.write(out)
+    if json:
+        emit_json(profile_facts(chosen, path))
+        return
+    show_profile(chosen)
+    show_files([path])
 
 
 @calibrate_app.command()
@@ -186,36 +244,6 @@ def _comparison_facts(comparison: ProfileComparison) -> dict[str, Any]:
               for table in comparison.tables]
     return {"a": comparison.name_a, "b": comparison.name_b, "tables": tables,
             "only_a": comparison.only_a, "only_b": comparison.only_b}
-
-
-def _profile_facts(profile: CalibrationProfile, path: Path) -> dict[str, Any]:
-    keys = ("op", "device", "shape", "dtype", "residual", "residual_max")
-    tables = [{key: getattr(table, key) for key in keys} | {"num_sizes": len(table.sizes)} for table in profile.tables]
-    return {"file": path, "name": profile.name, "fingerprint": profile.fingerprint, "tables": tables}
-
-
-def _show(profile: CalibrationProfile) -> None:
-    from moesim.units import format_percent
-
-    table = new_table(f"{profile.name} ({profile.date})" if profile.date else profile.name, "operation", "device", "shape",
-                      "dtype", "sizes>", "fit error>", "largest>", "spread>")
-    for row in profile.tables:
-        figures = (row.residual, row.residual_max, max(row.spread, default=None))
-        add_row(table, row.op, row.device, row.shape, row.dtype, len(row.sizes),
-                *(None if value is None else format_percent(value) for value in figures))
-    console().print(table)
-
-
-def _show_import(profile: CalibrationProfile) -> None:
-    """Print how the source was read, and what of it was left out."""
-    out = console()
-    for note in profile.fingerprint["notes"]:
-        out.print(f"note: {note}", soft_wrap=True, markup=False)
-    if profile.fingerprint["left_out"]:
-        table = new_table("\nLeft out", "rows>", "why")
-        for reason, count in profile.fingerprint["left_out"].items():
-            add_row(table, count, reason)
-        out.print(table)
 
 
 def _show_held_out(error: TransferError, model: str, held_out: str) -> None:

@@ -28,6 +28,9 @@ OptionList = Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="May be
 NumNodes = Annotated[int, typer.Option(min=1, help="Equal nodes of the hardware.")]
 ExecutorOption = Annotated[str, typer.Option(
     metavar="auto|compiled|simpy", help="All give the same tables. auto: compiled, and SimPy until that has been compiled once.")]
+PluginOption = Annotated[list[Path], typer.Option(
+    "--plugin", metavar="FILE.py", help="A Python file of your own with policies, prefetchers, miss rules or solvers; it is run. "
+    "May be repeated.")]
 GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs to use per node (default: all).")]
 
 
@@ -80,6 +83,14 @@ def _fail(text: str, status: int) -> None:
     for line in text.splitlines() or [text]:
         typer.echo(f"error: {line}", err=True)
     raise typer.Exit(status)
+
+
+def load_plugins(files: Sequence[Path]) -> None:
+    """Run the user's plug-in files, if there are any."""
+    if files:
+        from moesim.scenario import plugins
+
+        plugins.load_plugins(files)
 
 
 def output_folder(chosen: Path | None, default: Path) -> Path:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesim.cli_common import JsonFlag, console, emit_json, output_folder, show_files
+from moesim import cli_validate_hf as hf_options
+from moesim.cli_common import JsonFlag, SeedOption, console, emit_json, output_folder, show_files
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,12 +38,42 @@ def resized(model: ModelSpec, hidden: int | None, expert_intermediate: int | Non
 
 
 def validate(
-    scenario: Annotated[Path, typer.Argument(help="A scenario with a validation study.")],
+    context: typer.Context,
+    scenario: Annotated[Path | None, typer.Argument(help="A scenario with a validation study.")] = None,
     study: Annotated[str | None, typer.Option(help="Which one, if there are several.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write to (default: the scenario's).")] = None,
+    output: Annotated[Path | None, typer.Option(
+        "--output", "-o", help="Folder to write to (default: the scenario's, or results/NAME).")] = None,
+    hf: hf_options.Hf = None,
+    slots: hf_options.Slots = None,
+    policy: hf_options.Policy = "lru",
+    prefetch: hf_options.Prefetch = "none",
+    prefetch_width: hf_options.PrefetchWidth = 2,
+    miss: hf_options.Miss = "load",
+    tier: hf_options.Tier = "memory",
+    tier_bytes_per_s: hf_options.TierRate = None,
+    device: hf_options.Device = "cpu",
+    random_weights: hf_options.RandomWeights = False,
+    prompt: hf_options.Prompt = None,
+    prompts: hf_options.Prompts = None,
+    random_tokens: hf_options.RandomTokens = None,
+    new_tokens: hf_options.NewTokens = 32,
+    repeats: hf_options.Repeats = 3,
+    hardware: hf_options.Hardware = None,
+    profile: hf_options.Profile = None,
+    seed: SeedOption = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Run a scenario's validation study: simulate, run the same tasks for real, compare."""
+    """Predict and run for real: a scenario's validation study, or with --hf a real model whose experts are offloaded."""
+    if hf is not None:
+        hf_options.validate_model(context, scenario, study, output, json)
+        return
+    if scenario is None:
+        raise InputError("expected a scenario, or --hf PATH for a Hugging Face model")
+    hf_options.refuse_without_model(context)
+    _validate_study(scenario, study, output, json)
+
+
+def _validate_study(scenario: Path, study: str | None, output: Path | None, json: bool) -> None:
     from moesim.scenario.load import load_scenario
     from moesim.scenario.reporter import QuietReporter, RichReporter
     from moesim.scenario.run import run_scenario

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesim.cli_common import JsonFlag, add_row, console, emit_json, new_table, progress_bar, show_files
+from moesim.cli_common import (
+    JsonFlag,
+    PluginOption,
+    add_row,
+    console,
+    emit_json,
+    load_plugins,
+    new_table,
+    progress_bar,
+    show_files,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +33,7 @@ def sweep(
     out: Annotated[Path, typer.Option("--out", "-o", help="The *.sweep folder to write; it resumes what it finds there.")],
     vary: Annotated[list[str], typer.Option(
         metavar="KEY=VALUES", help="e.g. pcie.bytes_per_s=log(8e9,64e9,16) or slots_per_layer=8,16,32; may be repeated.")] = [],  # noqa: B006
+    plugin: PluginOption = [],  # noqa: B006
     json: JsonFlag = False,
 ) -> None:
     """Cross the points of a study with other machines: every combination, streamed to Parquet."""
@@ -31,6 +42,7 @@ def sweep(
     from moesim.scenario.sweep_axes import parse_axis
     from moesim.scenario.sweep_store import read_sweep
 
+    load_plugins(plugin)
     made = make_sweep(load_scenario(scenario), study, [parse_axis(text) for text in vary])
     with progress_bar(quiet=json) as progress:
         folder = run_sweep(made, out, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from moesim.errors import unknown
+from moesim.errors import InputError, unknown
 
 T = TypeVar("T")
 
@@ -27,6 +27,12 @@ class Registry(Generic[T]):
         """Return every known name, built-in ones first."""
         self._scan()
         return list(self._entries)
+
+    def add(self, name: str, entry: T) -> None:
+        """Register `entry` under a new name; raises InputError where the name belongs to another one."""
+        self._scan()
+        if self._entries.setdefault(name, entry) is not entry:
+            raise InputError(f"the {self.kind} {name!r} exists already; choose another name")
 
     def __getitem__(self, name: str) -> T:
         """Return the entry called `name`; raises InputError with a suggestion."""

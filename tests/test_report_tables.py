@@ -72,7 +72,25 @@ def validation_study() -> StudyResult:
     return StudyResult("torch", "validation", "", table, ("Median of 5 repetitions.",), {})
 
 
-STUDIES = {"expert_parallel": parallel_study, "offload": offload_study, "validation": validation_study}
+def diffusion_study() -> StudyResult:
+    """Policies with 32 and 64 experts on the GPU, among them the best schedule, and three coresets with all of them."""
+    points = [("static", "causal", None, 32, 22.1, 0.244), ("interval", "causal", 4, 32, 26.4, 0.036),
+              ("interval", "causal", 8, 64, 57.8, 0.087), ("pattern-trained", "trained", None, 64, 58.8, 0.067),
+              ("optimal", "offline", None, 64, 62.6, 0.0)]
+    rows = [{"policy": name, "coreset": None, "knows": knows, "tau": tau, "factor": None, "slots_per_layer": slots,
+             "refreshes_per_block": 3.0, "promotions_per_step": 2.5, "miss_rate": 0.2, "unique_experts": 70.6,
+             "experts_step_s": 0.9 / speed, "moves_step_s": 0.1 / speed, "step_time_s": 2.26 / speed, "tokens_per_s": speed,
+             "over_optimal_fraction": over} for name, knows, tau, slots, speed, over in points]
+    rows += [{"policy": name.replace("none", "resident"), "coreset": name, "slots_per_layer": 256, "unique_experts": unique,
+              "expert_bytes_per_layer": 6.3e6 * unique, "experts_step_s": unique * 4e-5, "step_time_s": 8e-4 + unique * 4e-5,
+              "tokens_per_s": 2.26 / (8e-4 + unique * 4e-5), "published_accuracy_fraction": accuracy, "lost_weight_share": lost}
+             for name, unique, accuracy, lost in (("none", 70, 1.0, 0.0), ("des-vote 0.15", 38, 0.995, 0.145),
+                                                  ("ec linear-reverse 2-14", 256, None, 0.68))]
+    return StudyResult("refresh", "diffusion", "When to refresh?", pd.DataFrame(rows), ("Routing is made up.",), {"seed": 0})
+
+
+STUDIES = {"expert_parallel": parallel_study, "offload": offload_study, "diffusion": diffusion_study,
+           "validation": validation_study}
 
 
 @pytest.mark.parametrize(("key", "value", "text"), [
@@ -208,6 +226,22 @@ def test_headline_of_placements() -> None:
     assert study_headline(parallel_study()) == (
         "Shortest step: eplb with 32 redundant experts, 4.2 ms, gap 4.8 % to the bound of 4 ms. "
         "22.5 % less than contiguous, the longest.")
+
+
+def test_headline_of_diffusion_recommends_what_can_be_had() -> None:
+    """The best schedule knows the run and coresets change the model: neither is the answer, and a coreset says its debit."""
+    study = diffusion_study()
+    assert best_row(study)["policy"] == "pattern-trained"
+    assert study_headline(study) == (
+        "Most tokens per second without knowing the run: 58.8 with pattern-trained, 64 experts per layer on the GPU. Its "
+        "experts and moves take 6.7 % longer than under the best schedule of each layer. Fastest coreset: des-vote 0.15, "
+        "2.32 ms per pass instead of 3.6 ms; published relative accuracy 99.5 %.")
+    resident = StudyResult("x", "diffusion", "", study.table[study.table["coreset"].notna()].iloc[[0, 2]])
+    assert study_headline(resident) == (
+        "628 tokens per second with all experts on the GPU. Fastest coreset: ec linear-reverse 2-14, 11.04 ms per "
+        "pass instead of 3.6 ms; 68.0 % of the gate weight is lost, the accuracy is not published.")
+    bare = StudyResult("x", "diffusion", "", resident.table.drop(columns=["lost_weight_share", "published_accuracy_fraction"]))
+    assert study_headline(bare).endswith("what it costs in accuracy is unknown.")
 
 
 def test_headline_of_offload_does_not_recommend_an_oracle() -> None:

@@ -122,7 +122,7 @@ MISTAKES = [
     # a missing key, at the mapping that lacks it
     ("batch_size: 8, ", "", "workload", "studies[0].workload: missing key 'batch_size'"),
     ("  - kind: offload\n    name", "  - name", "name: one-gpu",
-     "studies[1]: missing key 'kind' (expert_parallel, offload, validation)"),
+     "studies[1]: missing key 'kind' (expert_parallel, offload, diffusion, validation)"),
     # wrong types
     ("batch_size: 8", "batch_size: '8'", "batch_size",
      "studies[0].workload.batch_size: must be a whole number, got '8'"),
@@ -160,7 +160,7 @@ MISTAKES = [
     ("policy: global", "polcy: global", "{solver: eplb",
      "studies[0].placement.plans[1]: solver 'eplb' has no option 'polcy'. Did you mean 'policy'?"),
     ("[lru, static]", "lru, miss: cpus", "miss: cpus",
-     "studies[1].points[0].miss: must be 'load', 'cpu' or 'faster', got 'cpus'. Did you mean 'cpu'?"),
+     "studies[1].points[0].miss: unknown way to handle a miss 'cpus'. Did you mean 'cpu'?"),
     ("name: rtx-4090", "name: rtx-4091", "name: rtx-4091",
      "studies[1].hardware.name: unknown hardware 'rtx-4091'. Did you mean 'rtx-4090'?"),
     ("model: tiny/config.json", "model: olmoe-1b-8b", "model: olmoe",
@@ -177,9 +177,16 @@ MISTAKES = [
     ("[lru, static]", "lru, prefetch_width: 4", "{policy: lru",
      "studies[1].points[0]: 'prefetch_width' does nothing with prefetch: none"),
     ("[lru, static]", "lru, prefetch: stated_recall", "{policy: lru",
-     "studies[1].points[0]: prefetch: stated_recall needs 'prefetch_recall' (0 ... 1)"),
+     "studies[1].points[0]: prefetch: stated_recall needs 'prefetch_recall' (0 ... 1): "
+     "it rests on a predictor whose recall you state"),
+    ("[lru, static]", "lru, miss: ktransformers, miss_options: {defr: 2}", "{policy: lru",
+     "studies[1].points[0]: miss rule 'ktransformers': unknown option 'defr'. Did you mean 'defer'?"),
+    ("[lru, static]", "lru, miss: [load, cpu], miss_options: {defer: 2}", "{policy: lru",
+     "studies[1].points[0]: 'miss_options' belong to one rule; name a single 'miss'"),
+    ("[lru, static]", "lru, lookahead: 2", "{policy: lru",
+     "studies[1].points[0]: 'lookahead' does nothing with prefetch: none"),
     ("[lru, static]", "lru, prefetch: oracle, prefetch_recall: 0.5", "{policy: lru",
-     "studies[1].points[0]: 'prefetch_recall' belongs to prefetch: stated_recall, not to oracle"),
+     "studies[1].points[0]: 'prefetch_recall' belongs to a prefetcher that rests on a stated recall, not to oracle"),
     # not YAML, or not what YAML means
     ("seed: 3", "seed: 3\nseed: 4", "seed: 4", 'found duplicate key "seed"'),
     ("seed: 3", "seed: [3", "name: one-gpu", None),

@@ -172,7 +172,8 @@ def test_published_rows_are_looked_up_and_not_guessed() -> None:
     votes = [row for row in PUBLISHED if row.method == "des-vote"]
     assert len(votes) == 4
     assert all(int(row.setting * experts[row.model]) == row.unique_experts for row in votes)
-    assert all(row.source and 0 < row.relative_accuracy <= 1 for row in PUBLISHED)
+    assert all(row.source and 0 < row.relative_accuracy <= (1.05 if row.method.startswith("expert-choice") else 1)
+               for row in PUBLISHED)
 
 
 def test_capacity_follows_the_masked_share() -> None:

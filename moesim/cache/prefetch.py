@@ -1,22 +1,45 @@
-"""Prefetchers: which experts of the next layer to fetch before its router has spoken."""
+"""What a prefetcher is, what it may know, and the registry of prefetchers."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeGuard
 
 import numpy as np
 
 from moesim.cache.policy import AccessStream, checked_popularity, information_level
+from moesim.cache.prefetchers import PrefetchMoment, Wish
+from moesim.cache.prefetchers.adapmoe import AdapMoePrefetch
+from moesim.cache.prefetchers.dali import DaliPrefetch
+from moesim.cache.prefetchers.edgemoe import EdgeMoePrefetch
+from moesim.cache.prefetchers.finemoe import FineMoePrefetch
+from moesim.cache.prefetchers.gate_speculation import GateSpeculationPrefetch
+from moesim.cache.prefetchers.hobbit import HobbitPrefetch
+from moesim.cache.prefetchers.hybrimoe import (
+    HybriMoeAscendPrefetch,
+    HybriMoePrefetch,
+    HybriMoeRepositoryPrefetch,
+)
+from moesim.cache.prefetchers.moe_infinity import MoeInfinityPrefetch, MoeInfinityRepositoryPrefetch
+from moesim.cache.prefetchers.none import NoPrefetch
+from moesim.cache.prefetchers.oracle import OraclePrefetch
+from moesim.cache.prefetchers.popularity import PopularityPrefetch
+from moesim.cache.prefetchers.pre_gated import PreGatedPrefetch
+from moesim.cache.prefetchers.promoe import ProMoePrefetch
+from moesim.cache.prefetchers.read_me import ReadMePrefetch
+from moesim.cache.prefetchers.stated_recall import StatedRecallPrefetch
+from moesim.cache.prefetchers.transition import TransitionPrefetch
+from moesim.cache.scores import RouterScores
 from moesim.errors import InputError
 from moesim.registry import Registry
 
-T = TypeVar("T")
-
 # Levels whose plug-ins are built with the future: an I3 prediction is simulated by blurring the truth.
 SEES_FUTURE = ("I3", "I4")
+
+Makespan = Callable[[Mapping[int, int], AbstractSet[int]], float]
 
 
 @dataclass(frozen=True)
@@ -30,11 +53,21 @@ class PrefetchContext:
             in a layer and j in the next, or None.
         popularity: float64[layer, expert] from a training part, or None.
         future: the accesses that will be run, or None.
-        recall: probability with which `stated_recall` names a true expert.
-        seed: of the random numbers that `stated_recall` draws.
+        recall: probability with which a stated predictor names a true expert: one, or one for each distance in layers (beyond
+            the last it stays the same); None: the published one, if there is any.
+        seed: of the random numbers that stated predictors draw.
+        lookahead: how many layers ahead to look, or None: as published.
+        future_tokens: int64[use], the tokens of each use in `future`, or None: one each.
+        scores: what the routers give at each access of the run, or None (level I2). A prefetcher below I3 reads no row of
+            a later access.
+        training: the accesses of a training part, token by token (`token_accesses`), or None.
+        training_starts: bool[access], where its requests begin; None: it is one request.
+        training_scores: the scores of its accesses, whole steps, or None.
+        makespan: seconds that a layer takes, of (tokens by expert, those of them that are resident), or None.
+        copy_s: seconds to copy one expert, or None.
 
     Raises:
-        InputError: sizes below one, a recall outside 0 ... 1, or arrays of another shape.
+        InputError: sizes below one, a recall outside 0 ... 1, arrays of another shape, or accesses outside the model.
     """
 
     num_layers: int
@@ -43,30 +76,46 @@ class PrefetchContext:
     transitions: np.ndarray | None = None
     popularity: np.ndarray | None = None
     future: AccessStream | None = None
-    recall: float = 1.0
+    recall: float | Sequence[float] | None = None
     seed: int = 0
+    lookahead: int | None = None
+    future_tokens: np.ndarray | None = None
+    scores: RouterScores | None = None
+    training: AccessStream | None = None
+    training_starts: np.ndarray | None = None
+    training_scores: RouterScores | None = None
+    makespan: Makespan | None = None
+    copy_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_layers < 1 or self.num_experts < 1:
             raise InputError(
                 f"prefetch: needs layers and experts, got {self.num_layers} x {self.num_experts}")
-        if self.width < 1:
-            raise InputError(f"prefetch: width must be at least 1, got {self.width}; for none, use 'none'")
-        if not 0.0 <= self.recall <= 1.0:
-            raise InputError(f"prefetch: recall must lie in 0 ... 1, got {self.recall}")
-        if self.seed < 0:
-            raise InputError(f"prefetch: seed must not be negative, got {self.seed}")
+        _check_numbers(self)
         if self.transitions is not None:
             object.__setattr__(self, "transitions", _checked_transitions(self))
         if self.popularity is not None:
             object.__setattr__(self, "popularity", checked_popularity(
                 self.popularity, self.num_layers, self.num_experts))
-        if self.future is not None:
-            self.future.check_fits(self.num_layers, self.num_experts)
+        for stream in (self.future, self.training):
+            if stream is not None:
+                stream.check_fits(self.num_layers, self.num_experts)
+        if self.future_tokens is not None:
+            object.__setattr__(self, "future_tokens", _checked_tokens(self))
+        for name in ("scores", "training_scores"):
+            _check_scores(getattr(self, name), name, self)
+        _check_starts(self)
+
+    @property
+    def recalls(self) -> tuple[float, ...]:
+        """The stated recall by distance, empty if none is."""
+        if self.recall is None:
+            return ()
+        return tuple(self.recall) if isinstance(self.recall, Sequence) else (float(self.recall),)
 
 
 class Prefetcher(Protocol):
-    """Names experts of the next layer; `information` and `source` say on what ground."""
+    """Names experts of the next layer, without a look at the cache; `information` and `source` say on what ground."""
 
     information: ClassVar[str]
     source: ClassVar[str]
@@ -79,152 +128,20 @@ class Prefetcher(Protocol):
         """
 
 
-class Wish(NamedTuple):
-    """An expert to fetch ahead: of a later layer, or of the next step where `layer` is not later.
-
-    Copies queue by `urgency` (0 first), then in the order of the wishes.
-    """
-
-    layer: int
-    expert: int
-    urgency: int = 0
-
-
-@dataclass(frozen=True)
-class PrefetchMoment:
-    """What a `LookaheadPrefetcher` is told right after the router of `layer`, in access `now`.
-
-    Attributes:
-        experts, counts: int[n], the distinct experts of this access and the tokens that each of them got.
-        is_resident: of (layer, expert): whether it is in a slot or on its way to one.
-        num_layers: the MoE layers of a step. request_start: whether this access begins a request.
-    """
-
-    layer: int
-    now: int
-    experts: np.ndarray
-    counts: np.ndarray
-    is_resident: Callable[[int, int], bool]
-    num_layers: int
-    request_start: bool
-
-
 class LookaheadPrefetcher(Protocol):
-    """Wishes for experts of any later layer, and may look at what is resident."""
+    """Wishes for experts of any later layer, and may look at what is resident; serves one run.
+
+    It is asked at every access, also at those of the last layer: some learn from what they see.
+    """
 
     information: ClassVar[str]
     source: ClassVar[str]
 
     def wishes(self, moment: PrefetchMoment) -> list[Wish]:
-        """Return absent experts to fetch, the most wanted first."""
+        """Return distinct absent experts to fetch, the most wanted first, at most `width`."""
 
 
-class NoPrefetch:
-    """Fetches nothing ahead (I0)."""
-
-    information: ClassVar[str] = "I0"
-    source: ClassVar[str] = "none"
-
-    def __init__(self, context: PrefetchContext) -> None:
-        del context  # every factory takes one
-
-    def predict(self, layer: int, experts_now: np.ndarray, counts_now: np.ndarray, now: int) -> list[int]:
-        """Return nothing."""
-        return []
-
-
-class PopularityPrefetch:
-    """The experts of the next layer that were most popular in training, whatever happens (I0)."""
-
-    information: ClassVar[str] = "I0"
-    source: ClassVar[str] = "training trace"
-
-    def __init__(self, context: PrefetchContext) -> None:
-        popularity = _needed(context.popularity, "popularity", "float64[layer, expert] of a training trace")
-        self._best = [_best_first(scores, context.width) for scores in popularity]
-
-    def predict(self, layer: int, experts_now: np.ndarray, counts_now: np.ndarray, now: int) -> list[int]:
-        """Return the same experts for the same layer."""
-        return list(self._best[layer + 1]) if layer + 1 < len(self._best) else []
-
-
-class TransitionPrefetch:
-    """The likeliest experts, by a table P(next expert | expert) learned offline (I0).
-
-    Expert j scores ``sum_i counts_now[i] * P[layer, i, j]``, where P is `transitions` with each row divided
-    by its sum. Experts that never followed in training score zero and are not named; ties go to the lower id.
-    """
-
-    information: ClassVar[str] = "I0"
-    source: ClassVar[str] = "training trace"
-
-    def __init__(self, context: PrefetchContext) -> None:
-        counts = _needed(context.transitions, "transitions", "float64[layer - 1, expert, expert] of training")
-        totals = counts.sum(axis=2, keepdims=True)
-        self._probability = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
-        self._width = context.width
-
-    def predict(self, layer: int, experts_now: np.ndarray, counts_now: np.ndarray, now: int) -> list[int]:
-        """Return the experts with the highest score."""
-        if layer >= len(self._probability):
-            return []
-        scores = np.asarray(counts_now, dtype=np.float64) @ self._probability[layer, np.asarray(experts_now)]
-        return _best_first(scores, self._width)
-
-
-class OraclePrefetch:
-    """The true experts of the next layer, in rising order, cut to `width` (I4)."""
-
-    information: ClassVar[str] = "I4"
-    source: ClassVar[str] = "exact future"
-
-    def __init__(self, context: PrefetchContext) -> None:
-        self._future = _needed(context.future, "future", "the AccessStream that will be run")
-        self._num_layers, self._width = context.num_layers, context.width
-
-    def predict(self, layer: int, experts_now: np.ndarray, counts_now: np.ndarray, now: int) -> list[int]:
-        """Return the first `width` experts of access ``now + 1``."""
-        return self._truth(layer, now)[: self._width]
-
-    def _truth(self, layer: int, now: int) -> list[int]:
-        if layer + 1 >= self._num_layers:
-            return []
-        layers = self._future.layers
-        if now + 1 >= len(layers) or layers[now] != layer or layers[now + 1] != layer + 1:
-            raise InputError(
-                f"prefetch: the future does not hold layers {layer} and {layer + 1} at accesses {now} and "
-                f"{now + 1}; give the stream that is being run")
-        return self._future.experts_of(now + 1).tolist()
-
-
-class StatedRecallPrefetch(OraclePrefetch):
-    """A predictor of a stated recall: a what-if, not a measurement (I3).
-
-    Each true expert of the next layer is named with probability `recall`; otherwise a random expert that the
-    next layer does not use, and that was not named yet, takes its place (if one is left). The draws depend on
-    the seed and on `now` only. Right and wrong guesses are in no telling order; `width` cuts both alike.
-    """
-
-    information: ClassVar[str] = "I3"
-    source: ClassVar[str] = "stated"
-
-    def __init__(self, context: PrefetchContext) -> None:
-        super().__init__(context)
-        self._num_experts, self._recall, self._seed = context.num_experts, context.recall, context.seed
-
-    def predict(self, layer: int, experts_now: np.ndarray, counts_now: np.ndarray, now: int) -> list[int]:
-        """Return the blurred truth."""
-        truth = self._truth(layer, now)
-        if not truth:
-            return []
-        rng = np.random.default_rng([self._seed, now])
-        right = rng.random(len(truth)) < self._recall
-        wrong = iter(rng.permutation(np.setdiff1d(np.arange(self._num_experts), truth)).tolist())
-        guesses = [expert if known else next(wrong, None) for expert, known in zip(truth, right, strict=True)]
-        return [guess for guess in guesses if guess is not None][: self._width]
-
-
-PrefetcherFactory = Callable[[PrefetchContext], Prefetcher]
+PrefetcherFactory = Callable[[PrefetchContext], Prefetcher | LookaheadPrefetcher]
 
 PREFETCHERS: Registry[PrefetcherFactory] = Registry("prefetcher", "moesim.prefetchers", {
     "none": NoPrefetch,
@@ -232,30 +149,73 @@ PREFETCHERS: Registry[PrefetcherFactory] = Registry("prefetcher", "moesim.prefet
     "transition": TransitionPrefetch,
     "stated_recall": StatedRecallPrefetch,
     "oracle": OraclePrefetch,
+    "gate-speculation": GateSpeculationPrefetch,
+    "hobbit": HobbitPrefetch,
+    "edgemoe": EdgeMoePrefetch,
+    "moe-infinity": MoeInfinityPrefetch,
+    "moe-infinity-repository": MoeInfinityRepositoryPrefetch,
+    "hybrimoe": HybriMoePrefetch,
+    "hybrimoe-ascend": HybriMoeAscendPrefetch,
+    "hybrimoe-repository": HybriMoeRepositoryPrefetch,
+    "promoe": ProMoePrefetch,
+    "finemoe": FineMoePrefetch,
+    "pre-gated": PreGatedPrefetch,
+    "read-me": ReadMePrefetch,
+    "adapmoe": AdapMoePrefetch,
+    "dali": DaliPrefetch,
 })
 
 
-def make_prefetcher(name: str, context: PrefetchContext) -> Prefetcher:
-    """Return a prefetcher, built from no more of `context` than its information level allows.
+def make_prefetcher(name: str, context: PrefetchContext) -> Prefetcher | LookaheadPrefetcher:
+    """Return a new prefetcher, built from no more of `context` than its information level allows.
 
     Raises:
         InputError: an unknown name, no declared level, or a context that lacks what the prefetcher needs.
     """
     factory = PREFETCHERS[name]
     level = information_level(factory, f"prefetcher {name!r}")
-    return factory(context if level in SEES_FUTURE else dataclasses.replace(context, future=None))
+    sees_future = level in SEES_FUTURE
+    return factory(dataclasses.replace(
+        context, future=context.future if sees_future else None,
+        future_tokens=context.future_tokens if sees_future else None,
+        scores=context.scores if level >= "I2" else None))
 
 
-def _best_first(scores: np.ndarray, width: int) -> list[int]:
-    """Return the ids of the highest positive scores, at most `width`, ties to the lower id."""
-    order = np.argsort(-scores, kind="stable")[:width]
-    return [int(expert) for expert in order if scores[expert] > 0]
+def looks_ahead(prefetcher: Prefetcher | LookaheadPrefetcher | None) -> TypeGuard[LookaheadPrefetcher]:
+    """Return whether a prefetcher is asked by `wishes`, not by `predict`."""
+    return hasattr(prefetcher, "wishes")
 
 
-def _needed(value: T | None, name: str, meaning: str) -> T:
-    if value is None:
-        raise InputError(f"this prefetcher needs {name}: give PrefetchContext({name}=...), {meaning}")
-    return value
+def check_wishes(wishes: Sequence[Wish], num_layers: int, num_experts: int) -> None:
+    """Raise InputError if a wish lies outside the model, or is more urgent than 0."""
+    for wish in wishes:
+        if not (0 <= wish.layer < num_layers and 0 <= wish.expert < num_experts and wish.urgency >= 0):
+            raise InputError(
+                f"prefetch: the prefetcher wishes for {wish}, but there are {num_layers} layers x {num_experts} experts, and "
+                "urgency must not be negative")
+
+
+def reads(name: str) -> tuple[str, ...]:
+    """Return the fields of the context that a prefetcher is built from, beside sizes, width, lookahead and seed."""
+    return getattr(PREFETCHERS[name], "reads", ())
+
+
+def needs_recall(name: str) -> bool:
+    """Return whether a prefetcher rests on a recall that the user must state (False also where one is published)."""
+    return "recall" in reads(name) and not getattr(PREFETCHERS[name], "published_recall", ())
+
+
+def _check_numbers(context: PrefetchContext) -> None:
+    if context.width < 1:
+        raise InputError(f"prefetch: width must be at least 1, got {context.width}; for none, use 'none'")
+    if context.recall is not None and (not context.recalls or not all(0.0 <= share <= 1.0 for share in context.recalls)):
+        raise InputError(f"prefetch: recall must lie in 0 ... 1, got {context.recall}")
+    if context.seed < 0:
+        raise InputError(f"prefetch: seed must not be negative, got {context.seed}")
+    if context.lookahead is not None and context.lookahead < 1:
+        raise InputError(f"prefetch: lookahead must be at least 1, got {context.lookahead}")
+    if context.copy_s is not None and not 0.0 <= context.copy_s < np.inf:
+        raise InputError(f"prefetch: copy_s must be a number of seconds, got {context.copy_s}")
 
 
 def _checked_transitions(context: PrefetchContext) -> np.ndarray:
@@ -267,3 +227,33 @@ def _checked_transitions(context: PrefetchContext) -> np.ndarray:
         raise InputError("prefetch: transitions must be finite and not negative")
     array.setflags(write=False)
     return array
+
+
+def _checked_tokens(context: PrefetchContext) -> np.ndarray:
+    array = np.array(context.future_tokens)
+    uses = -1 if context.future is None else len(context.future.experts)
+    if array.shape != (uses,) or not np.issubdtype(array.dtype, np.integer) or array.min(initial=1) < 1:
+        raise InputError(
+            f"prefetch: future_tokens must be a positive integer for each of the {max(uses, 0)} uses in future, got "
+            f"{array.dtype}{list(array.shape)}")
+    array.setflags(write=False)
+    return array
+
+
+def _check_scores(scores: RouterScores | None, name: str, context: PrefetchContext) -> None:
+    if scores is None:
+        return
+    if scores.mean.shape[1] != context.num_experts:
+        raise InputError(f"prefetch: {name} are of {scores.mean.shape[1]} experts, not {context.num_experts}")
+    if name == "training_scores" and len(scores.mean) % context.num_layers:
+        raise InputError(f"prefetch: training_scores must be of whole steps of {context.num_layers} layers, got "
+                         f"{len(scores.mean)} accesses")
+
+
+def _check_starts(context: PrefetchContext) -> None:
+    starts, training = context.training_starts, context.training
+    if starts is None:
+        return
+    if training is None or starts.shape != (training.num_accesses,) or starts.dtype != np.bool_:
+        raise InputError(
+            f"prefetch: training_starts must be bool[access] of `training`, got {starts.dtype}{list(starts.shape)}")

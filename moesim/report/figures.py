@@ -14,6 +14,7 @@ import pandas as pd
 from moesim.errors import InputError
 from moesim.export.perfetto import lane_slices, natural_key
 from moesim.lowering.graph import KINDS as TASK_KINDS
+from moesim.report.diffusion import diffusion_figure
 from moesim.report.plots import (
     BLUE,
     BOUND_MARK,
@@ -57,7 +58,7 @@ def study_figures(study: StudyResult) -> dict[str, Figure]:
         InputError: an unknown kind, no rows, or a column that the figure needs is missing.
     """
     check_study(study)
-    draw = {"expert_parallel": expert_parallel_figure, "offload": offload_figure,
+    draw = {"expert_parallel": expert_parallel_figure, "offload": offload_figure, "diffusion": diffusion_figure,
             "validation": validation_figure}[study.kind]
     return {study.kind: draw(study)}
 

@@ -25,6 +25,7 @@ STUDY_SUFFIX, RESULT_SUFFIX, REPORT_NAME = ".study.json", ".result", "report.htm
 CAPTIONS = {
     "expert_parallel": "Step time, imbalance and traffic of each placement",
     "offload": "Tokens per second, hit rate and bytes loaded over the size of the cache",
+    "diffusion": "Tokens per second of refresh policies against the best schedule, and time per pass of coresets",
     "validation": "Predicted and measured time per kind of task, and the error",
     "time": "What bounded the run: the critical path, and how busy each resource was",
     "timeline": "What ran when",

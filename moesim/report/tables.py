@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from moesim.errors import InputError, did_you_mean, unknown
+from moesim.report.columns import COLUMNS, REQUIRED, Column
 from moesim.simulate.result import SimulationResult
 from moesim.simulate.study import KINDS, StudyResult
 from moesim.units import format_bytes, format_percent, format_rate, format_seconds, s_from_ns
@@ -24,24 +25,11 @@ if TYPE_CHECKING:
 WIDTH = 110
 MISSING = "-"
 END_TO_END = "end to end"
+NO_CORESET = "none"
 BEST_MARK = "*"
 BEST_NOTE = f"{BEST_MARK} best of its column"
+_PLAIN = ("tau", "factor")
 _FRACTIONS = ("fraction", "gap", "rate", "share", "error", "spread", "percent", "utilisation")
-
-
-@dataclass(frozen=True)
-class Column:
-    """How one column of a study is shown. `better` is ``low``, ``high``, ``zero`` (nearest) or nothing.
-
-    A column that is `wide` is left out of the text table (110 columns) but is in the report's. One that is
-    `quiet` becomes a line below the text table where it says the same in every row.
-    """
-
-    key: str
-    heading: str
-    better: str = ""
-    wide: bool = False
-    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,38 +39,6 @@ class Cell:
     text: str
     best: bool = False
     numeric: bool = True
-
-
-COLUMNS: dict[str, tuple[Column, ...]] = {
-    "expert_parallel": (
-        Column("placement", "placement"), Column("redundant_experts", "extra\nslots"),
-        Column("imbalance", "imbal-\nance", "low"), Column("imbalance_bound", "bound"),
-        Column("imbalance_gap", "gap", "low", wide=True),
-        Column("cross_rank_fraction", "cross-\nrank", "low", wide=True),
-        Column("cross_rank_bytes_per_step", "cross-\nrank", "low"),
-        Column("cross_node_fraction", "cross-\nnode", "low", wide=True),
-        Column("cross_node_bytes_per_step", "cross-\nnode", "low"),
-        Column("step_time_s", "step\ntime", "low"), Column("step_time_bound_s", "bound"),
-        Column("step_time_gap", "gap", "low"), Column("tokens_per_s", "tokens\nper s", "high"),
-        Column("tokens_per_s_bound", "bound", wide=True), Column("bound_by", "limited by"),
-        Column("objective_gap", "solver\ngap", "low")),
-    "offload": (
-        Column("policy", "policy"), Column("prefetch", "prefetch"), Column("miss", "on a\nmiss"),
-        Column("requests_at_once", "at\nonce", quiet=True),
-        Column("slots_per_layer", "slots/\nlayer"), Column("resident_fraction", "resident", wide=True),
-        Column("hit_rate", "hit\nrate", "high"), Column("htod_bytes_per_token", "HtoD per\ntoken", "low"),
-        Column("stall_fraction", "stalled", "low"), Column("tpot_s", "time per\ntoken", "low"),
-        Column("tpot_bound_s", "bound"), Column("tpot_gap", "gap", "low"),
-        Column("tokens_per_s", "tokens\nper s", "high"), Column("bound_by", "limited by"),
-        Column("sees_future", "sees the\nfuture", wide=True)),
-    "validation": (
-        Column("kind", "task kind"), Column("num_tasks", "tasks"), Column("predicted_s", "predicted"),
-        Column("measured_s", "measured"), Column("spread", "spread"), Column("error", "error", "zero")),
-}
-
-REQUIRED = {"expert_parallel": ("placement", "step_time_s"),
-            "offload": ("policy", "prefetch", "miss", "slots_per_layer", "tokens_per_s"),
-            "validation": ("kind", "predicted_s", "measured_s")}
 
 
 def check_study(study: StudyResult) -> None:
@@ -120,6 +76,8 @@ def format_value(key: str, value: object) -> str:
 
 def _formatter(key: str) -> Callable[[float], str] | None:
     """The formatter of a field, or None for a bare number."""
+    if key in _PLAIN:
+        return "{:g}".format
     if key.endswith("bytes_per_s"):
         return format_rate
     if "bytes_per_" in key or key.endswith("_bytes") or key == "num_bytes":
@@ -278,7 +236,9 @@ def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
 def best_row(study: StudyResult) -> pd.Series:
     """Return the row that answers the study's question: the shortest step, or the most tokens per second.
 
-    An offload row that `sees_future` (its policy or prefetcher is built from it) answers only if there is no other. For a validation: the ``end to end`` row of the largest error; else such a task kind.
+    An offload row that `sees_future` (its policy or prefetcher is built from it) answers only if there is no other; a
+    diffusion row only if its policy does not know the run, and one that changes the model's results only if there is no
+    other. For a validation: the ``end to end`` row of the largest error; else such a task kind.
 
     Raises:
         InputError: see `check_study`, or no row has a number there.
@@ -290,8 +250,8 @@ def best_row(study: StudyResult) -> pd.Series:
         return _extreme(study, table[ends] if ends.any() else table, "error", "high", abs)
     if study.kind == "expert_parallel":
         return _extreme(study, study.table, "step_time_s", "low")
-    real = study.table[~_knows_future(study.table)]
-    return _extreme(study, real if len(real) else study.table, "tokens_per_s", "high")
+    chosen = deployable(study.table) if study.kind == "diffusion" else study.table[~_knows_future(study.table)]
+    return _extreme(study, chosen if len(chosen) else study.table, "tokens_per_s", "high")
 
 
 def _extreme(study: StudyResult, table: pd.DataFrame, key: str, better: str,
@@ -312,6 +272,22 @@ def _knows_future(table: pd.DataFrame) -> pd.Series:
     return table["sees_future"].astype(bool)
 
 
+def deployable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a diffusion study whose policy does not know the run and leaves the model's results as they are.
+
+    Those with all experts on the GPU only where there are no others.
+    """
+    knows, coreset = (table.get(key, pd.Series(None, index=table.index, dtype=object)) for key in ("knows", "coreset"))
+    real = table[(knows != "offline") & (coreset.isna() | (coreset == NO_CORESET))]
+    refreshed = real[coreset[real.index].isna()]
+    return refreshed if len(refreshed) else real
+
+
+def resident_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a diffusion study that name a coreset (or ``none``): those with all experts on the GPU."""
+    return table[table["coreset"].notna()] if "coreset" in table.columns else table.iloc[:0]
+
+
 def errors(table: pd.DataFrame) -> list[float]:
     """float[row]: a validation's ``error``, or else ``(predicted - measured) / measured``; NaN if unknown."""
     if "error" in table.columns:
@@ -327,7 +303,7 @@ def study_headline(study: StudyResult) -> str:
         InputError: see `best_row`.
     """
     row = best_row(study)
-    write = {"expert_parallel": _headline_parallel, "offload": _headline_offload,
+    write = {"expert_parallel": _headline_parallel, "offload": _headline_offload, "diffusion": _headline_diffusion,
              "validation": _headline_validation}[study.kind]
     return write(study, row)
 
@@ -358,6 +334,31 @@ def _headline_offload(study: StudyResult, row: pd.Series) -> str:
     if most > float(row["tokens_per_s"]):
         text += f" With knowledge of the future it would be {format_count(most)}."
     return text
+
+
+def _headline_diffusion(study: StudyResult, row: pd.Series) -> str:
+    tau, speed = number(row.get("tau")), format_count(float(row["tokens_per_s"]))
+    slots, chosen = format_value("slots_per_layer", row["slots_per_layer"]), f"{row['policy']}{f' (tau {tau:g})' if tau else ''}"
+    resident = resident_rows(study.table)
+    text = f"{speed} tokens per second with all experts on the GPU." if row.name in resident.index else (
+        f"Most tokens per second without knowing the run: {speed} with {chosen}, {slots} experts per layer on the GPU.")
+    if (over := number(row.get("over_optimal_fraction"))) is not None:
+        text += f" Its experts and moves take {format_percent(over)} longer than under the best schedule of each layer."
+    changed = resident[resident["coreset"] != NO_CORESET] if len(resident) else resident
+    return text + (_coreset_words(resident, _extreme(study, changed, "step_time_s", "low")) if len(changed) else "")
+
+
+def _coreset_words(resident: pd.DataFrame, row: pd.Series) -> str:
+    """Return a sentence on the fastest coreset, which always says what it costs in accuracy."""
+    unchanged = resident[resident["coreset"] == NO_CORESET]
+    text = f" Fastest coreset: {row['coreset']}, {format_value('step_time_s', row['step_time_s'])} per pass"
+    if len(unchanged):
+        text += f" instead of {format_value('step_time_s', unchanged['step_time_s'].iloc[0])}"
+    published, lost = (number(row.get(key)) for key in ("published_accuracy_fraction", "lost_weight_share"))
+    if published is not None:
+        return f"{text}; published relative accuracy {format_percent(published)}."
+    return f"{text}; " + ("what it costs in accuracy is unknown." if lost is None else
+                          f"{format_percent(lost)} of the gate weight is lost, the accuracy is not published.")
 
 
 def _headline_validation(study: StudyResult, row: pd.Series) -> str:

@@ -12,20 +12,33 @@ from moesim.hardware.profile import read_profile
 from moesim.hardware.spec import HardwareSpec
 from moesim.model.catalog import load_model
 from moesim.model.spec import ModelSpec
-from moesim.scenario.schema import HardwareChoice, Scenario, Workload
+from moesim.scenario.schema import GENERATED, HardwareChoice, Scenario, Workload
+from moesim.traces.batching import batched_steps
 from moesim.traces.steps import Step, closed_loop_steps
 from moesim.traces.store import read_trace, resolve_trace
+from moesim.traces.synth import synthetic_trace
 from moesim.traces.trace import RoutingTrace
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A scenario's model and trace, with what to say about where they come from."""
+    """A scenario's model and trace (None: each study makes its own), with what to say about where they come from."""
 
     scenario: Scenario
     model: ModelSpec
-    trace: RoutingTrace
+    given_trace: RoutingTrace | None
     digest: str
+
+    @property
+    def trace(self) -> RoutingTrace:
+        """The scenario's trace.
+
+        Raises:
+            InputError: ``trace: generated``.
+        """
+        if self.given_trace is None:
+            raise InputError(f"scenario {self.scenario.name!r} has no trace of its own (trace: {GENERATED})")
+        return self.given_trace
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -40,6 +53,10 @@ class Inputs:
 
     def notes(self) -> tuple[str, ...]:
         """Sentences on the routing."""
+        if self.scenario.synthetic is not None:
+            made = self.scenario.synthetic
+            return (f"Routing is made up (zipf {made.zipf:g}, affinity {made.affinity:g}, locality {made.locality:g}): sizes and times "
+                    "are the model's, hit rates are those of these numbers. Capture a trace before you decide by them.",)
         if not self.scenario.trace_stands_in:
             return ()
         return (
@@ -57,6 +74,8 @@ def load_inputs(scenario: Scenario) -> Inputs:
     model = load_model(scenario.model)
     if model.encoder_layers:
         raise InputError(f"model {model.name!r} is an encoder-decoder, whose steps cannot be simulated")
+    if scenario.trace == GENERATED:
+        return _generated(scenario, model)
     trace = read_trace(resolve_trace(scenario.trace))
     trace.check_model(model)
     if trace.model and not scenario.trace_stands_in and not _same_model(trace.model, model.name):
@@ -64,6 +83,16 @@ def load_inputs(scenario: Scenario) -> Inputs:
             f"the trace is of {trace.model!r}, not of {model.name!r}; if its routing is meant to stand in for the model's, "
             "say so: trace_stands_in: true"
         )
+    return Inputs(scenario, model, trace, trace.digest())
+
+
+def _generated(scenario: Scenario, model: ModelSpec) -> Inputs:
+    """Make the routing that a scenario describes, in the model's shape; None where its studies make their own."""
+    if scenario.synthetic is None:
+        return Inputs(scenario, model, None, "")
+    settings = scenario.synthetic.model_dump()
+    sizes = (settings.pop("num_tokens"), model.num_moe_layers, model.num_experts, model.top_k, settings.pop("num_requests"))
+    trace = synthetic_trace(*sizes, seed=scenario.seed, **settings)
     return Inputs(scenario, model, trace, trace.digest())
 
 
@@ -79,14 +108,12 @@ def load_machine(choice: HardwareChoice, profile: str | None) -> tuple[HardwareS
 
 def make_steps(trace: RoutingTrace, workload: Workload, seed: int) -> list[Step]:
     """Draw the steps of a workload from a trace."""
-    return closed_loop_steps(
-        trace,
-        batch_size=workload.batch_size,
-        max_steps=workload.max_steps,
-        include_prefill=workload.include_prefill,
-        repeat=workload.max_steps is not None,
-        seed=seed,
-    )
+    options: dict[str, Any] = {
+        "batch_size": workload.batch_size, "max_steps": workload.max_steps, "include_prefill": workload.include_prefill,
+        "repeat": workload.max_steps is not None, "seed": seed}
+    if workload.waiting:
+        return batched_steps(trace, workload.batcher, waiting=workload.waiting, **options)
+    return closed_loop_steps(trace, **options)
 
 
 def source_note(sources: dict[str, int]) -> str:

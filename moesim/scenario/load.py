@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from moesim.artifacts import read_bytes
 from moesim.errors import InputError, did_you_mean, unknown
-from moesim.scenario.schema import STUDIES, Scenario
+from moesim.scenario.schema import GENERATED, STUDIES, Scenario
 
 MAX_NODES, MAX_DEPTH = 100_000, 30
 _EXPECTED = {
@@ -265,7 +265,7 @@ def _trace_names() -> list[str]:
     from moesim.traces.store import BUILTIN, SUFFIX
 
     files = catalog_folder("traces").glob(f"*{SUFFIX}")
-    return sorted(BUILTIN + file.name.removesuffix(SUFFIX) for file in files)
+    return [GENERATED, *sorted(BUILTIN + file.name.removesuffix(SUFFIX) for file in files)]
 
 
 def _resolve(scenario: Scenario, folder: Path) -> tuple[dict[Location, str], list[Problem]]:

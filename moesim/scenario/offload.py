@@ -4,39 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from moesim.cache.cache import ExpertCache
-from moesim.cache.policies.static import popular_keys
-from moesim.cache.policy import (
-    POLICIES,
-    AccessStream,
-    PolicyContext,
-    access_stream,
-    information_level,
-    make_policy,
-)
-from moesim.cache.prefetch import PREFETCHERS, SEES_FUTURE, PrefetchContext, Prefetcher, make_prefetcher
-from moesim.cache.scores import RouterScores, request_starts, router_scores
-from moesim.hardware.cost import CostModel
-from moesim.lowering.machine import OffloadMachine, offload_machine
-from moesim.lowering.offload import OffloadProgram
-from moesim.lowering.offload_policy import OffloadPolicy
-from moesim.lowering.offload_bound import OffloadBound, offload_bound
-from moesim.model.spec import ModelSpec
+from moesim.cache.policy import POLICIES, information_level
+from moesim.cache.prefetch import PREFETCHERS, SEES_FUTURE
+from moesim.lowering.machine import offload_machine
 from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note
+from moesim.scenario.offload_build import Offload
 from moesim.scenario.schema import NO_PREFETCH, OffloadStudy, Point
 from moesim.simulate.critical_path import bounded_by
 from moesim.simulate.executors import AUTO, executor_of
 from moesim.simulate.result import SimulationResult
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
-from moesim.traces.stats import load_counts, transition_counts
-from moesim.traces.steps import Step
-from moesim.traces.trace import RoutingTrace
 from moesim.units import format_bytes, s_from_ns
 
 BOUND_NOTE = (
@@ -44,105 +24,6 @@ BOUND_NOTE = (
     "misses (offline optimum with bypass), shared between link and CPU at best, and the device's own work."
 )
 FORESIGHT_NOTE = "Policies and prefetchers that know the future (belady, oracle ...) are references, not to be deployed."
-
-
-@dataclass(frozen=True)
-class Offload:
-    """What one offloaded run needs besides its point: model, routing, machine; shared by simulation and real run."""
-
-    model: ModelSpec
-    train: RoutingTrace
-    test: RoutingTrace
-    steps: list[Step]
-    machine: OffloadMachine
-    seed: int
-    preload: str = "popular"
-    shared: bool = False
-    chunks: int = 3
-    admit: bool = True
-
-    @cached_property
-    def stream(self) -> AccessStream:
-        """The accesses of the steps."""
-        return access_stream(self.test, [step.rows for step in self.steps])
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """bool[access], where a new request begins."""
-        return request_starts(self.test, [step.rows for step in self.steps])
-
-    @cached_property
-    def scores(self) -> RouterScores | None:
-        """The gate weights of each access, if the trace has them."""
-        return None if self.test.gate_weights is None else router_scores(self.test, [step.rows for step in self.steps])
-
-    @cached_property
-    def popularity(self) -> np.ndarray:
-        """float64[layer, expert], load of the training requests."""
-        return load_counts(self.train).astype(np.float64)
-
-    @cached_property
-    def transitions(self) -> np.ndarray:
-        """float64[layer - 1, expert, expert] of the training requests."""
-        return transition_counts(self.train).astype(np.float64)
-
-    def preloaded(self, slots_per_layer: int) -> list[int]:
-        """Return the keys that fill the slots before the run: the most popular experts of each layer, or of all."""
-        if self.preload == "none":
-            return []
-        return popular_keys(self.popularity, min(slots_per_layer, self.model.num_experts), shared=self.shared)
-
-    def program(self, point: Point, cost: CostModel) -> OffloadProgram:
-        """Build the program of one point with a cache of its own."""
-        model = self.model
-        slots = min(point.slots_per_layer, model.num_experts)
-        scored = information_level(POLICIES[point.policy], "a policy") == "I2"
-        context = PolicyContext(model.num_moe_layers, model.num_experts, self.popularity, self.stream, self.starts,
-                                self.scores if scored else None)  # scores of a long trace take much memory
-        cache = ExpertCache(
-            model.num_moe_layers,
-            model.num_experts,
-            slots,
-            make_policy(point.policy, context),
-            shared=self.shared,
-        )
-        cache.preload(self.preloaded(slots))
-        policy = OffloadPolicy(point.miss, self.admit, self.chunks)
-        return OffloadProgram(
-            model, self.test, self.steps, self.machine, cost, cache, policy, self._prefetcher(point)
-        )
-
-    def _prefetcher(self, point: Point) -> Prefetcher | None:
-        if point.prefetch == NO_PREFETCH:
-            return None
-        context = PrefetchContext(
-            num_layers=self.model.num_moe_layers,
-            num_experts=self.model.num_experts,
-            width=point.prefetch_width,
-            transitions=self.transitions,
-            popularity=self.popularity,
-            future=self.stream,
-            recall=1.0 if point.prefetch_recall is None else point.prefetch_recall,
-            seed=self.seed,
-        )
-        return make_prefetcher(point.prefetch, context)
-
-    def bound(self, point: Point, cost: CostModel) -> OffloadBound:
-        """Return the lower bound for every policy with the point's slots and the point's ways to handle a miss."""
-        slots = min(point.slots_per_layer, self.model.num_experts)
-        return offload_bound(
-            self.model,
-            self.test,
-            self.steps,
-            self.machine,
-            cost,
-            self.stream,
-            slots_per_layer=slots,
-            preload=self.preloaded(slots),
-            shared=self.shared,
-            cpu_helps=point.miss != "load",
-            chunks=self.chunks,
-        )
 
 
 @dataclass(frozen=True)
@@ -177,6 +58,9 @@ class OffloadSetup:
             study.cache.shared,
             study.system.chunks,
             study.system.admit,
+            study.system.write_back,
+            study.system.host_slots_per_layer,
+            study.system.host_policy,
         )
 
     def point(self, point: Point) -> OffloadPoint:

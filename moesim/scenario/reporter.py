@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 POINT_KEYS = (
-    "placement", "redundant_experts", "policy", "prefetch", "prefetch_width", "miss", "slots_per_layer",
-    "kind", "imbalance", "hit_rate", "step_time_s", "tpot_s", "tokens_per_s", "predicted_s", "measured_s",
+    "placement", "redundant_experts", "policy", "tau", "factor", "prefetch", "prefetch_width", "miss",
+    "slots_per_layer", "kind", "imbalance", "hit_rate", "step_time_s", "tpot_s", "tokens_per_s", "predicted_s", "measured_s",
     "error")
 POINT_WORDS = {
-    "redundant_experts": "+{} slots", "slots_per_layer": "{} slots/layer", "imbalance": "imbalance {}",
+    "redundant_experts": "+{} slots", "tau": "tau {}", "factor": "factor {}",
+    "slots_per_layer": "{} slots/layer", "imbalance": "imbalance {}",
     "hit_rate": "hit rate {}", "step_time_s": "{} per step", "tpot_s": "{} per token",
     "tokens_per_s": "{} tokens/s", "predicted_s": "predicted {}", "measured_s": "measured {}",
     "error": "error {}", "prefetch": "prefetch {}", "prefetch_width": "width {}", "miss": "miss: {}"}

@@ -14,14 +14,17 @@ import pandas as pd
 
 from moesim.errors import MissingDependencyError
 from moesim.export.perfetto import write_timeline
+from moesim.lowering.refresh_rows import OFFLINE
 from moesim.report.html import report_folder
+from moesim.scenario.diffusion import DiffusionStudySetup, point_label
 from moesim.scenario.expert_parallel import ExpertParallelSetup
 from moesim.scenario.inputs import Inputs, load_inputs
 from moesim.scenario.offload import OffloadSetup
 from moesim.scenario.reporter import Reporter
-from moesim.scenario.schema import ExpertParallelStudy, OffloadStudy, Scenario, ValidationStudy
+from moesim.scenario.schema import DiffusionStudy, ExpertParallelStudy, OffloadStudy, Scenario, ValidationStudy
+from moesim.scenario.schema_diffusion import RefreshPoint
 from moesim.scenario.validation import run_validation
-from moesim.simulate.executors import AUTO
+from moesim.simulate.executors import AUTO, executor_of
 from moesim.simulate.study import StudyResult
 
 VERSIONED = ("moesim", "simpy", "numpy", "pandas", "pyarrow", "ortools", "scipy", "torch")
@@ -105,6 +108,20 @@ def _run_offload(run: _Run, study: OffloadStudy) -> StudyResult:
     return run.finish(_study(run, study, rows, notes))
 
 
+def _run_diffusion(run: _Run, study: DiffusionStudy) -> StudyResult:
+    run.reporter.study_started(study.name, study.heading, len(study.expand()))
+    setup = DiffusionStudySetup(run.inputs, study)
+    rows, best, most = [], None, 0.0
+    for point, row in setup.points():
+        rows.append(row)
+        run.reporter.point_done(study.name, row)
+        if isinstance(point, RefreshPoint) and row["knows"] != OFFLINE and row["tokens_per_s"] > most:
+            best, most = point, row["tokens_per_s"]
+    if best is not None:
+        _write_best(run, f"{study.name}.{point_label(best)}", setup.simulate(best, executor_of(run.executor)))
+    return run.finish(_study(run, study, rows, setup.notes(), setup.provenance))
+
+
 def _run_validation(run: _Run, study: ValidationStudy) -> StudyResult:
     run.reporter.study_started(study.name, study.heading, 1)
     done = run_validation(run.inputs, study, run.reporter.progress)
@@ -124,8 +141,9 @@ def _write_best(run: _Run, name: str, result: Any) -> None:
     run.files.append(write_timeline(result, run.output / f"{name}.perfetto.json"))
 
 
-def _study(run: _Run, study: Any, rows: list[dict[str, Any]], notes: tuple[str, ...]) -> StudyResult:
-    provenance = run.inputs.provenance | {"versions": versions()}
+def _study(run: _Run, study: Any, rows: list[dict[str, Any]], notes: tuple[str, ...],
+           more: dict[str, Any] | None = None) -> StudyResult:
+    provenance = run.inputs.provenance | (more or {}) | {"versions": versions()}
     return StudyResult(study.name, study.kind, study.heading, pd.DataFrame(rows), notes, provenance)
 
 
@@ -143,5 +161,6 @@ def versions() -> dict[str, str]:
 _RUNNERS: dict[str, Callable[..., StudyResult]] = {
     "expert_parallel": _run_expert_parallel,
     "offload": _run_offload,
+    "diffusion": _run_diffusion,
     "validation": _run_validation,
 }

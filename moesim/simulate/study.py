@@ -13,7 +13,7 @@ from moesim.artifacts import read_json, write_json
 from moesim.errors import InputError
 
 SCHEMA = "moesim.study/1"
-KINDS = ("expert_parallel", "offload", "validation")
+KINDS = ("expert_parallel", "offload", "diffusion", "validation")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class StudyResult:
       step_time_s, step_time_bound_s, step_time_gap, tokens_per_s, tokens_per_s_bound, bound_by, objective_gap;
     - ``offload``: policy, prefetch, miss, slots_per_layer, resident_fraction, hit_rate, htod_bytes_per_token,
       stall_fraction, tpot_s, tpot_bound_s, tpot_gap, tokens_per_s, bound_by, sees_future;
+    - ``diffusion``: policy, coreset, knows, tau, factor, slots_per_layer, resident_fraction, refreshes_per_block,
+      promotions_per_step, miss_rate, unique_experts, no_locality_experts, published_experts, expert_bytes_per_layer,
+      experts_step_s, moves_step_s, other_step_s, step_time_s, tokens_per_s, over_optimal_fraction,
+      published_accuracy_fraction, lost_weight_share, uncovered_share, empty_share, published_source (rows
+      with all experts on the GPU name a coreset, ``none`` for the routing as it is; rows of refresh policies name none);
     - ``validation``: kind, num_tasks, predicted_s, measured_s, spread, error (rows per task kind and
       one ``end to end`` row per repetition summary).
 
