@@ -71,11 +71,12 @@ def _show_parts(spec: HardwareSpec) -> None:
     from moesim.units import format_bytes, format_rate, format_seconds
 
     table = new_table(f"{spec.name}, ranks: {spec.num_ranks}, nodes: {spec.num_nodes}",
-                      "part", "kind", "size or peak", "rate per direction", "latency", "ref")
+                      "part", "kind", "size or peak", "rate per direction, or power", "latency", "ref")
     for device in spec.devices.values():
         peak = ", ".join(f"{dtype} {rate:.3g} flop/s" for dtype, rate in device.flops_per_s.items())
         overhead = format_seconds(device.kernel_overhead_s)
-        add_row(table, device.name, device.kind, peak, "", overhead, device.reference)
+        power = "" if device.idle_w is None else f"{device.idle_w:g} to {device.busy_w:g} W"
+        add_row(table, device.name, device.kind, peak, power, overhead, device.reference)
     for memory in spec.memories.values():
         add_row(table, memory.name, memory.kind, format_bytes(memory.num_bytes),
                 format_rate(memory.bytes_per_s), "", memory.reference)

@@ -349,7 +349,10 @@ def test_calibrate_passes_its_options_on(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(run, "calibrate", fake_profile(seen=seen))
     text = call("calibrate", "--out", "a.profile.json", "--device", "cpu", "--seconds", "3", "--seed", "4",
                 "--hidden", "256")
-    assert seen == {"device": "cpu", "seconds": 3.0, "seed": 4, "dtype": "float32", "hidden": 256}
+    assert {key: seen[key] for key in ("device", "seconds", "seed", "dtype", "hidden")} == {
+        "device": "cpu", "seconds": 3.0, "seed": 4, "dtype": "float32", "hidden": 256}
+    assert (seen["full"], seen["parts"]) == (False, ("kernels", "copies", "files", "collectives"))
+    assert (seen["partial"].name, seen["disk"]) == ("a.profile.json.partial", folder)
     assert "12.5 %" in text
     facts = call_json("calibrate", "--out", "a.profile.json", "--seconds", "3")
     assert facts["tables"][0]["num_sizes"] == 2

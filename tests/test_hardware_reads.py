@@ -25,8 +25,10 @@ def drive(**changes: object) -> Link:
 
 
 def machine_file(tmp_path: Path, **lines: str) -> Path:
-    """The desktop of the catalog with lines added to its NVMe link or its GPU."""
-    text = (catalog_folder("hardware") / "rtx-4090.yaml").read_text()
+    """The desktop of the catalog without its read curve and power, with lines added to its NVMe link or its GPU."""
+    own = ("    idle_w:", "    busy_w:", "    share_of_rate:")
+    kept = (catalog_folder("hardware") / "rtx-4090.yaml").read_text().splitlines(keepends=True)
+    text = "".join(line for line in kept if not line.startswith(own))
     if "nvme" in lines:
         text = text.replace("    target: dram\n", f"    target: dram\n    {lines['nvme']}\n")
     if "gpu" in lines:

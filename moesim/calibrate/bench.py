@@ -1,203 +1,152 @@
-"""The micro-benchmarks: what is timed, at which sizes, on operands that are cold in the caches."""
+"""One micro-benchmark: what is run at which sizes, and how one run of it is timed."""
 
 from __future__ import annotations
 
-import os
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from moesim.calibrate.kernels import AttentionLayer, expert_ffn, make_attention, router_topk
-from moesim.calibrate.shapes import attention_shape, router_shape
-from moesim.errors import InputError
-from moesim.hardware.profile import MeasuredTable
-from moesim.model.spec import ModelSpec
-from moesim.units import GIB, KIB, MIB
+from moesim.hardware.profile import TableKey
 
-POOL_BYTES = GIB
-COLD_BYTES = 256 * MIB
-TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-GROUPS = (1, 2, 4, 8, 16)
-CONTEXTS = (64, 256, 1024, 4096)
-COPY_BYTES = tuple(16 * KIB * 4**power for power in range(7))
-READ_BYTES = tuple(64 * KIB * 4**power for power in range(5))
-FILE_BYTES = 128 * MIB
+Size = tuple[float, ...]
+Run = Callable[[], object]
+STOP_S = 60.0
 
 
 @dataclass(frozen=True)
-class Case:
-    """One size of one operation: `run` executes it once; `table` is its empty table (op, device, shape, dtype, axes)."""
+class Call:
+    """One size of a benchmark: `reset` before the clock starts, `run` while it runs, `beside` meanwhile, over and over."""
 
-    table: tuple[str, str, str, str, tuple[str, ...]]
-    size: tuple[float, ...]
-    run: Callable[[], object]
-    reset: Callable[[], object] | None = None
+    run: Run
+    reset: Run | None = None
+    beside: Run | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One table to be measured.
+
+    `sizes` rise in cost, so that a run that is short of time leaves the costliest ones out; `prepare` makes a size
+    (of the grid, or between two of its sizes) ready to run. Of the time, a table gets a share by its `weight`.
+    `waits` is False where the wait for the device is not part of what is timed.
+    """
+
+    key: TableKey
+    sizes: tuple[Size, ...]
+    prepare: Callable[[Size], Call]
+    weight: float = 1.0
+    waits: bool = True
+
+
+class Case(NamedTuple):
+    """One size of one benchmark, ready to run."""
+
+    bench: Bench
+    size: Size
+    call: Call
+
+
+@dataclass
+class Offer:
+    """Benchmarks of one part of the machine, and what it cannot run, in words."""
+
+    benches: list[Bench] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def case_of(bench: Bench, size: Size) -> Case:
+    """Make a size of a benchmark ready."""
+    return Case(bench, size, bench.prepare(size))
 
 
 class Timer:
-    """Times a call: on the CPU by the clock, on CUDA by the clock around a synchronised stream."""
+    """Times a call by the clock; on CUDA the current stream is empty before, and after unless the benchmark says not."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
+        self._wall_s = self._own_s = 0.0
+
+    @property
+    def core_share(self) -> float:
+        """Return which share of its time a kernel on the CPU had its core (1 where none was timed): less on a busy machine."""
+        return self._own_s / self._wall_s if self._wall_s else 1.0
 
     def seconds(self, case: Case) -> float:
         """Run a case once and return its seconds."""
-        import torch
+        call = case.call
+        if call.reset is not None:
+            call.reset()
+        if call.beside is None:
+            own_s = time.thread_time()
+            taken = self._clock(call.run, case.bench.waits)
+            if case.bench.key.dtype and not self._cuda:
+                self._wall_s, self._own_s = self._wall_s + taken, self._own_s + time.thread_time() - own_s
+            return taken
+        with Beside(call.beside):
+            return self._clock(call.run, case.bench.waits)
 
-        if case.reset is not None:
-            case.reset()
-        if self._cuda:
-            torch.cuda.synchronize()
+    def _clock(self, run: Run, waits: bool) -> float:
+        self._synchronise()
         start = time.perf_counter()
-        case.run()
-        if self._cuda:
-            torch.cuda.synchronize()
+        run()
+        if waits:
+            self._synchronise()
         return time.perf_counter() - start
 
+    def _synchronise(self) -> None:
+        if self._cuda:
+            import torch
 
-class Operands:
-    """Tensors for the benchmarks, every page written once; weights rotate so that they are read from memory."""
+            torch.cuda.current_stream().synchronize()
 
-    def __init__(self, model: ModelSpec, device: str, dtype: str, seed: int) -> None:
+
+class Beside:
+    """Runs a call over and over on a second thread, from the first completion of it until the block is left.
+
+    Raises:
+        Exception: whatever the call raised.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._error: BaseException | None = None
+        self._busy, self._stop = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+
+    def _loop(self) -> None:
         import torch
 
-        self.model, self.device, self.dtype_name = model, device, dtype
-        self.dtype = getattr(torch, dtype)
-        self._generator = torch.Generator().manual_seed(seed)
-        count = int(max(*GROUPS, min(2 * max(GROUPS), POOL_BYTES // model.expert_bytes)))
-        if count * model.expert_bytes > 4 * POOL_BYTES:
-            raise InputError(
-                f"an expert of {model.name!r} has {model.expert_bytes} bytes; calibrate a smaller model, or with smaller "
-                "--hidden and --expert-intermediate"
-            )
-        self.pool = self.random(count, model.expert_params).mul_(model.hidden_size**-0.5)
-        self.rows = self.random(max(TOKENS), model.hidden_size)
-        self._turn = 0
+        try:
+            torch.set_num_threads(1)
+            with torch.no_grad():
+                while not self._stop.is_set():
+                    self._run()
+                    self._busy.set()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._busy.set()
 
-    def random(self, *shape: int) -> Any:
-        """Return a random tensor on the device."""
-        import torch
+    def __enter__(self) -> None:
+        self._thread.start()
+        self._busy.wait(STOP_S)
 
-        return torch.randn(shape, generator=self._generator).to(device=self.device, dtype=self.dtype)
-
-    def next_blob(self) -> Any:
-        """Return the weights of the next expert in turn."""
-        self._turn = (self._turn + 1) % len(self.pool)
-        return self.pool[self._turn]
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join(STOP_S)
+        if self._error is not None:
+            raise self._error
 
 
-def expert_cases(ops: Operands, kind: str, shape: str, dtype: str) -> Iterator[Case]:
-    """Forced routing: tokens x distinct experts x the largest expert's tokens, spread evenly and as unevenly as can be."""
-    table = ("grouped_ffn", kind, shape, dtype, ("tokens", "groups", "largest_group"))
-    for tokens in TOKENS:
-        for groups in (g for g in GROUPS if g <= tokens):
-            even = [tokens // groups + (place < tokens % groups) for place in range(groups)]
-            skewed = [tokens - groups + 1] + [1] * (groups - 1)
-            for counts in dict.fromkeys((tuple(even), tuple(skewed))):
-                yield Case(table, (tokens, groups, counts[0]), partial(_experts, ops, counts))
-
-
-def _experts(ops: Operands, counts: tuple[int, ...]) -> None:
-    """The eager loop: one SwiGLU per distinct expert."""
-    model = ops.model
-    for count in counts:
-        expert_ffn(ops.rows[:count], ops.next_blob(), model.hidden_size, model.expert_intermediate_size)
-
-
-def dense_cases(ops: Operands, kind: str, dtype: str) -> Iterator[Case]:
-    """Attention over contexts, the router."""
-    model = ops.model
-    layers = [make_attention(model, max(CONTEXTS), ops.device, ops.dtype, ops._generator) for _ in range(4)]
-    routers = [ops.random(model.num_experts, model.hidden_size) for _ in range(4)]
-    attention = ("attention", kind, attention_shape(model), dtype, ("tokens", "context"))
-    for tokens in TOKENS[::2]:
-        for context in CONTEXTS:
-            yield Case(attention, (tokens, tokens * context), _turns(partial(_attend, ops, tokens, context), layers))
-    router = ("router", kind, router_shape(model), dtype, ("tokens",))
-    for tokens in TOKENS:
-        yield Case(router, (tokens,), _turns(partial(_route, ops, tokens), routers))
-
-
-def _attend(ops: Operands, tokens: int, context: int, layer: AttentionLayer) -> Any:
-    return layer.forward(ops.rows[:tokens], tokens * context)
-
-
-def _route(ops: Operands, tokens: int, weight: Any) -> Any:
-    return router_topk(ops.rows[:tokens], weight, ops.model.top_k)
-
-
-def _turns(run: Callable[[Any], object], operands: list[Any]) -> Callable[[], object]:
-    """Call `run` with each operand in turn."""
-    state = {"turn": 0}
+def turns(run: Callable[[int], object], count: int) -> Run:
+    """Return a call that hands `run` the numbers 0 ... count - 1 in turn."""
+    turn = 0
 
     def call() -> object:
-        state["turn"] = (state["turn"] + 1) % len(operands)
-        return run(operands[state["turn"]])
+        nonlocal turn
+        turn = (turn + 1) % count
+        return run(turn)
 
     return call
-
-
-def copy_cases(device: str) -> Iterator[Case]:
-    """Memory copies by size: DRAM to DRAM on a CPU; pinned, both directions, on CUDA."""
-    import torch
-
-    host = torch.ones(2 * max(COPY_BYTES), dtype=torch.uint8, pin_memory=device == "cuda")
-    other = torch.ones(2 * max(COPY_BYTES), dtype=torch.uint8, device=device)
-    routes = (
-        {"dram_to_dram": (other, host)}
-        if device == "cpu"
-        else {"dram_to_hbm": (other, host), "hbm_to_dram": (host, other)}
-    )
-    for route, (target, source) in routes.items():
-        for size in COPY_BYTES:
-            yield Case(
-                ("copy", route, "contiguous", "", ("bytes",)),
-                (size,),
-                partial(target[:size].copy_, source[size : 2 * size], non_blocking=True),
-            )
-
-
-class ReadFile:
-    """A temporary file for reads by size, cold (dropped from the page cache first) and warm."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix="moesim-read-")  # noqa: SIM115
-        block = os.urandom(MIB)
-        for _ in range(FILE_BYTES // MIB):
-            self._file.write(block)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._buffer = bytearray(max(READ_BYTES))
-        self._turn = 0
-
-    def cases(self) -> Iterator[Case]:
-        """Yield reads at rotating offsets."""
-        for size in READ_BYTES:
-            yield Case(("file_read", "flash", "warm", "", ("bytes",)), (size,), partial(self._read, size))
-            if hasattr(os, "posix_fadvise"):
-                yield Case(
-                    ("file_read", "flash", "cold", "", ("bytes",)), (size,), partial(self._read, size), self._drop
-                )
-
-    def _read(self, size: int) -> None:
-        self._turn = (self._turn + 1) % (FILE_BYTES // max(READ_BYTES))
-        os.preadv(self._file.fileno(), [memoryview(self._buffer)[:size]], self._turn * max(READ_BYTES))
-
-    def _drop(self) -> None:
-        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def close(self) -> None:
-        """Delete the file."""
-        self._file.close()
-
-
-def empty_table(
-    table: tuple[str, str, str, str, tuple[str, ...]], rows: list[tuple[tuple[float, ...], float, float, int]]
-) -> MeasuredTable:
-    """Build a table from rows of (size, median, spread, samples)."""
-    ordered = sorted(rows)
-    sizes, seconds, spread, samples = zip(*ordered, strict=True)
-    return MeasuredTable(*table, sizes, seconds, spread, samples)

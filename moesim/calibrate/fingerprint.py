@@ -9,7 +9,7 @@ from typing import Any
 
 
 def fingerprint(device: str) -> dict[str, Any]:
-    """Return device, processor, cores, memory, torch, threads and (on CUDA) GPU, driver and clocks."""
+    """Return device, processor, cores, memory, torch, threads and (on CUDA) the GPU and the version of CUDA."""
     import torch
 
     facts: dict[str, Any] = {

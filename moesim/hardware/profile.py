@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moesim.artifacts import read_json, write_json
-from moesim.errors import InputError
+from moesim.errors import InputError, unknown
 
 SCHEMA = "moesim.profile/1"
+GROUPED_FFN = "grouped_ffn"
+CONTENTION = "contention"
+# what `CostModel` looks up; other operations are for people and for `moesim calibrate compare`
+UNPRICED_ROUTES = ("_both_ways", "_pageable")  # endings of routes that no link has
+PRICED_OPS = frozenset((GROUPED_FFN, "attention", "router", "shared_expert", "dense", "head", "copy", "task_overhead"))
+
+
+@dataclass(frozen=True, order=True)
+class TableKey:
+    """What a table holds: the first fields of `MeasuredTable`."""
+
+    op: str
+    device: str
+    shape: str
+    dtype: str
+    axes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -18,7 +34,7 @@ class MeasuredTable:
     """One operation's measured seconds at rising sizes.
 
     `op` is what was run (``grouped_ffn``, ``attention``, ``router``, ``copy``, ``file_read``,
-    ``task_overhead``), `device` where (a device's kind: ``cpu``, ``gpu``; for a copy the route
+    ``contention``, ``task_overhead``), `device` where (a device's kind: ``cpu``, ``gpu``; for a copy the route
     ``slow_to_fast``), `shape` and `dtype` of what.
 
     `axes` names the columns of `sizes`: ``("tokens",)``, ``("bytes",)``, ``("tokens", "groups",
@@ -53,6 +69,16 @@ class MeasuredTable:
         if any(not value > 0 for value in self.seconds):
             raise InputError(f"{where}: times must be positive")
 
+    @property
+    def key(self) -> TableKey:
+        """Return what the table holds."""
+        return TableKey(self.op, self.device, self.shape, self.dtype, self.axes)
+
+    @property
+    def report_only(self) -> bool:
+        """Return whether no cost is ever taken from this table."""
+        return self.op not in PRICED_OPS or (self.op == "copy" and self.device.endswith(UNPRICED_ROUTES))
+
 
 @dataclass(frozen=True)
 class CalibrationProfile:
@@ -72,6 +98,27 @@ class CalibrationProfile:
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write ``*.profile.json``."""
         return write_json(path, SCHEMA, asdict(self))
+
+
+def choose_form(profile: CalibrationProfile, form: str) -> CalibrationProfile:
+    """Return the profile with another form of the expert kernels as the one that costs are taken from.
+
+    The table in use is called ``grouped_ffn``, the others ``grouped_ffn.<form>``; the fingerprint's ``expert_form``
+    names the one in use. Every table of the form that was in use is renamed, also of dtypes that the new form lacks.
+
+    Raises:
+        InputError: a form that the profile has no table of.
+    """
+    now = str(profile.fingerprint.get("expert_form", "loop"))
+    prefix = f"{GROUPED_FFN}."
+    others = {table.op.removeprefix(prefix) for table in profile.tables if table.op.startswith(prefix)}
+    if form == now:
+        return profile
+    if form not in others:
+        raise unknown(f"expert form of profile {profile.name!r}", form, {now, *others})
+    names = {GROUPED_FFN: prefix + now, prefix + form: GROUPED_FFN}
+    tables = tuple(replace(table, op=names.get(table.op, table.op)) for table in profile.tables)
+    return replace(profile, tables=tables, fingerprint={**profile.fingerprint, "expert_form": form})
 
 
 def read_profile(path: str | os.PathLike[str]) -> CalibrationProfile:

@@ -7,6 +7,7 @@ its router ends and is over when its last expert is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,10 +16,12 @@ import numpy as np
 from moesim.cache.bounds import fewest_misses
 from moesim.cache.flow_bound import SlotPrices, cheapest_slots, spread
 from moesim.cache.policy import AccessStream
+from moesim.cache.stay_flow import StayFlow
 from moesim.errors import InputError
 from moesim.hardware.cost import CostModel
 from moesim.lowering.machine import OffloadMachine
 from moesim.lowering.offload_floors import FAR, LayerFloors, layer_floors
+from moesim.lowering.offload_named import MAX_EVALUATIONS, named_ns
 from moesim.model.spec import ModelSpec
 from moesim.traces.steps import Step
 from moesim.traces.trace import RoutingTrace
@@ -26,7 +29,8 @@ from moesim.units import s_from_ns
 
 WEIGHTS = 1024  # weights of time and link are parts of this
 EVALUATIONS = 8
-MAX_SHARED_USES = 20_000  # of one pool for all layers: its flow is one long network, the layers' own are many short ones
+MAX_SHARED_USES = 16_000  # in the flows of one bound; a pool for all layers is one long network, layers' own are many short ones
+_NEAR = 512  # a bound that at most 1 part in so many could be gained on is good enough
 _FINE = 16  # parts of a nanosecond, so that rounding a slope down costs nothing that counts
 
 
@@ -61,7 +65,7 @@ class _Slots:
 
     stream: AccessStream
     num_experts: int
-    slots_per_layer: int
+    slots_per_layer: int | Sequence[int]
     preload: list[int]
     shared: bool
 
@@ -73,11 +77,19 @@ class _Slots:
 
     def cheapest(self, prices: SlotPrices) -> tuple[int, int]:
         """Return the least cost, and how many experts it fetches (0 where a shared pool is too long for a flow)."""
-        if self.shared and len(self.stream.experts) > MAX_SHARED_USES:
+        flows = 1 if prices.fetch is None else EVALUATIONS
+        if self.shared and flows * len(self.stream.experts) > MAX_SHARED_USES:
             return spread(prices, self.misses), 0
         flow = cheapest_slots(self.stream, self.num_experts, self.slots_per_layer, prices, preload=self.preload,
                               shared=self.shared)
         return flow.cost, int(flow.fetched.sum())
+
+    def named_ns(self, floors: LayerFloors) -> int:
+        """Return the bound that knows which experts stay; 0 where a shared pool is too long for it."""
+        if self.shared and MAX_EVALUATIONS * len(self.stream.experts) > MAX_SHARED_USES:
+            return 0
+        return named_ns(floors, StayFlow(self.stream, self.num_experts, self.slots_per_layer, preload=self.preload,
+                                         shared=self.shared))
 
 
 def offload_bound(
@@ -88,7 +100,7 @@ def offload_bound(
     cost: CostModel,
     stream: AccessStream,
     *,
-    slots_per_layer: int,
+    slots_per_layer: int | Sequence[int],
     preload: list[int],
     shared: bool,
     cpu_helps: bool,
@@ -99,6 +111,7 @@ def offload_bound(
     """Return times that no policy with these slots can undercut: see `prefetch_ns` and `on_demand_ns` for the proofs.
 
     Args:
+        slots_per_layer: of every layer, or of each; `shared` pools them all.
         cpu_helps: whether the CPU may compute experts. chunks: pieces of one expert's copy.
         defers: whether a layer may end before the CPU's part of it; both bounds are then the largest of device, link and CPU.
         skipped_links: how many of the route's first links a copy may do without.
@@ -115,7 +128,7 @@ def offload_bound(
     prefetch, on_demand, kernels = longest, longest, sides_ns(floors, 0)[2]
     if not defers:
         prefetch = max(longest, prefetch_ns(floors, slots))
-        on_demand = max(prefetch, on_demand_ns(floors, slots))
+        on_demand = max(prefetch, on_demand_ns(floors, slots), slots.named_ns(floors) if cpu_helps else 0)
         kernels = max(kernels, floors.serial + int(floors.both.min(axis=1).sum()))
     fetched = slots.misses * floors.copies.load
     return OffloadBound(
@@ -159,7 +172,8 @@ def prefetch_ns(floors: LayerFloors, slots: _Slots) -> int:
     best, tried = low[0], {0}
     for _ in range(EVALUATIONS):
         weight = _crossing(low, high)
-        if weight in tried:
+        most = ((WEIGHTS - weight) * low[0] + weight * low[1]) // WEIGHTS
+        if weight in tried or most - best <= best // _NEAR:
             break
         value, point = _weighted(floors, slots, weight)
         best, tried = max(best, -(-value // WEIGHTS)), tried | {weight}
@@ -195,7 +209,8 @@ def on_demand_ns(floors: LayerFloors, slots: _Slots) -> int:
     ``serial`` and the sum of the layers' own times. A layer with m experts absent takes at least f(m): see
     `kernels.offload_bound.by_absent`; f is replaced by the greatest convex function below it. Which experts are absent
     is a matter of the slots alone: an expert is there if it stayed from its last use, at most as many stay as there are
-    slots, and any expert may stay after its use. The least sum of f over all such choices is a minimum-cost flow.
+    slots, and any expert may stay after its use. The least sum of f over all such choices is a minimum-cost flow. (That
+    what the CPU computed was not fetched and cannot stay is left to `offload_named.named_ns`.)
     """
     from moesim.lowering.kernels.offload_bound import by_absent
 

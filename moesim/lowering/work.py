@@ -6,7 +6,7 @@ cached key and value is read once per query). Shapes name the rows of a calibrat
 
 from __future__ import annotations
 
-from moesim.calibrate.shapes import attention_shape, expert_shape, router_shape
+from moesim.calibrate.shapes import attention_shape, dense_shape, expert_shape, head_shape, router_shape, shared_shape
 from moesim.hardware.work import DenseWork, GroupedWork
 from moesim.model.spec import ModelSpec
 
@@ -38,20 +38,17 @@ def router_work(model: ModelSpec, tokens: int) -> DenseWork:
 
 def shared_work(model: ModelSpec, tokens: int) -> DenseWork:
     """The shared experts of one layer."""
-    shape = f"h{model.hidden_size}.ff{model.shared_intermediate_size}"
-    return _matrix_work(model, "shared_expert", shape, tokens, model.shared_params)
+    return _matrix_work(model, "shared_expert", shared_shape(model), tokens, model.shared_params)
 
 
 def dense_work(model: ModelSpec, tokens: int) -> DenseWork:
     """The feed-forward part of a dense layer."""
-    shape = f"h{model.hidden_size}.ff{model.dense_intermediate_size}"
-    return _matrix_work(model, "dense", shape, tokens, model.dense_params)
+    return _matrix_work(model, "dense", dense_shape(model), tokens, model.dense_params)
 
 
 def head_work(model: ModelSpec, tokens: int) -> DenseWork:
     """The output embedding for `tokens` rows (prefill needs one row per request)."""
-    shape = f"h{model.hidden_size}.v{model.vocab_size}"
-    return _matrix_work(model, "head", shape, tokens, model.hidden_size * model.vocab_size)
+    return _matrix_work(model, "head", head_shape(model), tokens, model.hidden_size * model.vocab_size)
 
 
 def experts_work(model: ModelSpec, tokens: int, groups: int, largest_group: int) -> GroupedWork:

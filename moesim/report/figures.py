@@ -103,13 +103,17 @@ def expert_parallel_figure(study: StudyResult) -> Figure:
     return figure
 
 
+SYSTEMS = "published systems"
+
+
 def offload_figure(study: StudyResult) -> Figure:
     """Lines over slots per layer: tokens per second with the bound, hit rate, bytes loaded per token.
 
-    Colour is the policy, line style the prefetcher; one row of panels for each thing to do on a miss.
+    Colour is the policy, line style the prefetcher; one row of panels for each thing to do on a miss. Published systems
+    have a row of their own, with a colour each.
     """
     keys = ["policy", "prefetch", "miss"]
-    table = study.table.astype(dict.fromkeys(keys, str))
+    table = _systems_apart(study.table.astype(dict.fromkeys(keys, str)))
     misses = list(dict.fromkeys(table["miss"]))
     styles = [looks(table["policy"], PALETTE), looks(table["prefetch"], LINE_STYLES)]
     figure, axes = panels(3, 0.7 + 2.6 * len(misses), rows=len(misses), sharex=True, sharey="col")
@@ -118,7 +122,8 @@ def offload_figure(study: StudyResult) -> Figure:
         _offload_bound(row[0], part)
         for axis, (key, heading, text) in zip(row, OFFLOAD_PANELS, strict=True):
             _offload_lines(axis, part, key, styles)
-            axis.set_title(f"{heading}, on a miss: {miss}" if len(misses) > 1 else heading, fontsize=9.5)
+            on_miss = miss if miss == SYSTEMS else f"on a miss: {miss}"
+            axis.set_title(f"{heading}, {on_miss}" if len(misses) > 1 else heading, fontsize=9.5)
             value_axis(axis.yaxis, text)
             axis.grid(alpha=0.25)
     for axis in axes:
@@ -220,6 +225,16 @@ def _places(labels: list[str], names: list[str], hues: list[float], height: floa
         rows = [row for row in order if names[row] == label]
         at[rows] = place + height * (np.arange(len(rows)) - (len(rows) - 1) / 2)
     return at
+
+
+def _systems_apart(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with systems as policies of a way of their own to handle a miss."""
+    if "system" not in table or table["system"].isna().all():
+        return table
+    named = table["system"].notna()
+    table.loc[named, "policy"] = table.loc[named, "system"].astype(str)
+    table.loc[named, "prefetch"], table.loc[named, "miss"] = "as published", SYSTEMS
+    return table
 
 
 def _offload_lines(axis: Axes, table: pd.DataFrame, key: str, styles: list[dict[str, str]]) -> None:

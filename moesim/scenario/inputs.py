@@ -120,4 +120,6 @@ def source_note(sources: dict[str, int]) -> str:
     """Return a sentence on where the costs come from."""
     total = sum(sources.values())
     parts = [f"{100 * count / total:.0f} % {name}" for name, count in sources.items() if count]
-    return f"Costs of tasks: {', '.join(parts)}." if parts else "No task had a cost."
+    beyond = sources.get("extrapolated", 0)
+    warning = f" {beyond} of {total} lie beyond the measured sizes: they are extrapolated." if beyond else ""
+    return f"Costs of tasks: {', '.join(parts)}.{warning}" if parts else "No task had a cost."

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moesim.cache.policy import POLICIES, information_level
-from moesim.cache.prefetch import PREFETCHERS, SEES_FUTURE
 from moesim.lowering.machine import offload_machine
+from moesim.lowering.offload import OffloadProgram
+from moesim.lowering.offload_bound import OffloadBound
 from moesim.scenario.inputs import Inputs, load_machine, make_steps, source_note
 from moesim.scenario.offload_build import Offload
-from moesim.scenario.schema import NO_PREFETCH, OffloadStudy, Point
-from moesim.simulate.critical_path import bounded_by
+from moesim.scenario.offload_row import against_bound, cache_columns, point_label, times, what_it_is
+from moesim.scenario.schema import OffloadStudy, Point
 from moesim.simulate.executors import AUTO, executor_of
 from moesim.simulate.result import SimulationResult
 from moesim.simulate.run import simulate
 from moesim.traces.split import split_requests
-from moesim.units import format_bytes, s_from_ns
+from moesim.units import format_bytes
 
 BOUND_NOTE = (
-    "Bound: no eviction, admission or prefetch policy with these slots can be faster under the same costs: the fewest possible "
-    "misses (offline optimum with bypass), shared between link and CPU at best, and the device's own work."
+    "Bound: under the same costs no eviction, admission or prefetch policy with these slots can be faster (a minimum-cost flow of slots "
+    "through time). Policies that fetch only what a router has named have a bound of their own, which no other policy of that kind beats."
 )
-FORESIGHT_NOTE = "Policies and prefetchers that know the future (belady, oracle ...) are references, not to be deployed."
+PRECISION_NOTE = "Rows with a precision change the model's result: read their debit beside the time. They have no bound."
+FORESIGHT_NOTE = (
+    "Policies and prefetchers that know the future (belady, oracle ...), and predictors of a stated recall, are references: what they "
+    "would give, not what you can deploy."
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class OffloadSetup:
 
     def __init__(self, inputs: Inputs, study: OffloadStudy, executor: str = AUTO) -> None:
         self.inputs, self.study, self.execute = inputs, study, executor_of(executor)
+        self._bounds: dict[object, OffloadBound] = {}
         self.hardware, self.cost = load_machine(study.hardware, study.profile)
         seed = inputs.scenario.seed
         train, test = split_requests(inputs.trace, study.cache.train_fraction, seed)
@@ -73,41 +78,30 @@ class OffloadSetup:
             program, name=f"{self.study.name}/{label}", warmup_steps=warmup, executor=self.execute,
             provenance=provenance,
         )
-        return OffloadPoint(label, self._row(point, result), result)
+        return OffloadPoint(label, self._row(point, program, result), result)
 
-    def _row(self, point: Point, result: SimulationResult) -> dict[str, Any]:
-        steps, summary = result.tables["steps"], result.summary
-        bound = self.offload.bound(point, self.cost)
-        elapsed_s = s_from_ns(int(steps["end_ns"].iloc[-1]))
-        batch = self.study.workload.batch_size
+    def _row(self, point: Point, program: OffloadProgram, result: SimulationResult) -> dict[str, Any]:
+        on_demand = self.offload.is_on_demand(point)
         return {
-            "policy": point.policy,
-            "prefetch": _prefetch_label(point),
-            "miss": point.miss,
-            "slots_per_layer": point.slots_per_layer,
-            "resident_fraction": min(1.0, point.slots_per_layer / self.inputs.model.num_experts),
-            "hit_rate": summary["hit_rate"],
-            "htod_bytes_per_token": summary["htod_bytes"] / int(steps["tokens"].sum()),
-            "stall_fraction": self._stall(result, elapsed_s),
-            "tpot_s": summary["decode_step_time_s"],
-            "tpot_bound_s": bound.total_s / len(steps) if self._only_decode else None,
-            "tpot_gap": (elapsed_s - bound.total_s) / elapsed_s,
-            "tokens_per_s": summary["tokens_per_s"],
-            "requests_at_once": batch,
-            "sees_future": sees_future(point),
-            "bound_by": bounded_by(result.tables["critical_path"]),
+            **what_it_is(point, self.inputs.model.num_experts),
+            "requests_at_once": self.study.workload.batch_size,
+            **times(result, self.offload.machine),
+            **against_bound(result, self._bound(point), on_demand, self._only_decode),
+            **cache_columns(result),
+            **self.offload.debit(program),
         }
+
+    def _bound(self, point: Point) -> OffloadBound | None:
+        """Return the bound of a point; points that differ in policy only share it."""
+        key = self.offload.bound_key(point)
+        if key is not None and key not in self._bounds:
+            self._bounds[key] = self.offload.bound(point, self.cost)
+        return None if key is None else self._bounds[key]
 
     @property
     def _only_decode(self) -> bool:
         """Whether the mean step is a decode step, so that the bound on the whole run is one on TPOT."""
         return not (self.study.workload.include_prefill or self.study.workload.warmup_steps)
-
-    def _stall(self, result: SimulationResult, elapsed_s: float) -> float:
-        """Share of the time in which the device computes nothing."""
-        tasks = result.tasks
-        compute = self.offload.machine.resources()[self.offload.machine.compute_index].name
-        return 1.0 - s_from_ns(int(tasks.loc[tasks["resource"] == compute, "duration_ns"].sum())) / elapsed_s
 
     def notes(self, sources: dict[str, int]) -> tuple[str, ...]:
         """Return what a reader must know."""
@@ -123,6 +117,7 @@ class OffloadSetup:
             f"{study.cache.train_fraction:.0%} of the requests; the others are run. Hits are counted with set semantics, cold misses too.",
             *self.inputs.notes(),
             BOUND_NOTE,
+            *([PRECISION_NOTE] if any(point.precision for point in study.expand()) else []),
             FORESIGHT_NOTE,
             source_note(sources),
         )
@@ -134,28 +129,3 @@ class OffloadSetup:
         for point in self.study.expand():
             yield self.point(point)
 
-
-def sees_future(point: Point) -> bool:
-    """Return whether a point's policy or prefetcher is built from the future (by the level that it declares)."""
-    plugins: list[object] = [POLICIES[point.policy]]
-    if point.prefetch != NO_PREFETCH:
-        plugins.append(PREFETCHERS[point.prefetch])
-    return any(information_level(plugin, "a plug-in") in SEES_FUTURE for plugin in plugins)
-
-
-def point_label(point: Point) -> str:
-    """Return a short name for a point, fit for a file name."""
-    parts: Sequence[str] = (
-        point.policy,
-        f"{point.slots_per_layer}slots",
-        _prefetch_label(point).replace(" ", ""),
-        point.miss,
-    )
-    return "-".join(parts)
-
-
-def _prefetch_label(point: Point) -> str:
-    if point.prefetch == NO_PREFETCH:
-        return NO_PREFETCH
-    recall = "" if point.prefetch_recall is None else f" r{point.prefetch_recall:g}"
-    return f"{point.prefetch} {point.prefetch_width}{recall}"

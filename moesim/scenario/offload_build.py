@@ -182,21 +182,32 @@ class Offload:
         """Return the seconds of one expert's copy with nothing in the way."""
         return cost.uncounted().route_copy(self.machine.slow_memory, self.machine.fast_memory, self.model.expert_bytes).seconds
 
+    def is_on_demand(self, point: Point) -> bool:
+        """Return whether a point fetches an expert only for the layer whose router has just named it."""
+        background = point.miss in ("cpu", "faster") and not point.miss_options and self.admit
+        return point.prefetch == NO_PREFETCH and not background
+
+    def bound_key(self, point: Point) -> tuple[object, ...] | None:
+        """Return what a point's bound depends on; None where there is none (experts in several widths)."""
+        if point.precision is not None:
+            return None
+        slots = point.slots_per_layer if point.allocation == "uniform" else tuple(self.slots(point).tolist())
+        return slots, point.miss not in ("load", "gpu-only"), bool(dict(point.miss_options).get("defer"))
+
     def bound(self, point: Point, cost: CostModel) -> OffloadBound:
-        """Return the lower bound for every policy with the point's slots and the point's ways to handle a miss."""
-        slots = min(point.slots_per_layer, self.model.num_experts)
+        """Return the lower bounds for every policy with the point's slots and the point's ways to handle a miss."""
+        model = self.model
+        uniform = min(point.slots_per_layer, model.num_experts)
+        slots = uniform if point.allocation == "uniform" else self.slots(point).tolist()
+        cache = self.cache(point)
         return offload_bound(
-            self.model,
-            self.test,
-            self.steps,
-            self.machine,
-            cost,
-            self.stream,
-            slots_per_layer=slots,
-            preload=self.preloaded(slots),
-            shared=self.shared,
-            cpu_helps=point.miss != "load",
-            chunks=self.chunks,
-        )
+            model, self.test, self.steps, self.machine, cost, self.stream, slots_per_layer=slots,
+            preload=[cache.key_of(layer, e) for layer in range(model.num_moe_layers) for e in cache.residents(layer)],
+            shared=self.shared, cpu_helps=point.miss not in ("load", "gpu-only"), chunks=self.chunks,
+            defers=bool(dict(point.miss_options).get("defer")),
+            skipped_links=0 if self.host_slots_per_layer is None else 1)
 
-
+    def debit(self, program: OffloadProgram) -> dict[str, Any]:
+        """Return what a run in several widths took from the model's answers; nothing for one that changes nothing."""
+        debit = getattr(program, "debit", None)
+        return {} if debit is None else debit().columns()

@@ -12,9 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from moesim.errors import MissingDependencyError
+from moesim.errors import InputError, MissingDependencyError
 from moesim.export.perfetto import write_timeline
 from moesim.lowering.refresh_rows import OFFLINE
+from moesim.report.advice import advice, deployable
 from moesim.report.html import report_folder
 from moesim.scenario.diffusion import DiffusionStudySetup, point_label
 from moesim.scenario.expert_parallel import ExpertParallelSetup
@@ -104,8 +105,18 @@ def _run_offload(run: _Run, study: OffloadStudy) -> StudyResult:
             best = point
     if best is not None:
         _write_best(run, f"{study.name}.{best.label}", best.result)
-    notes = setup.notes(dict(sources))
+    notes = (*_advice(rows), *setup.notes(dict(sources)))
     return run.finish(_study(run, study, rows, notes))
+
+
+def _advice(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return what to do and why; nothing where no row can be deployed as it is."""
+    usable = [row for row in rows if row["precision"] is None]
+    try:
+        found = advice(usable, usable=deployable)
+    except InputError:
+        return ()
+    return (f"Advice: {found.sentence}", *found.reasons)
 
 
 def _run_diffusion(run: _Run, study: DiffusionStudy) -> StudyResult:

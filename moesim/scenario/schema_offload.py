@@ -40,6 +40,11 @@ class PrecisionChoice(Part):
 
     method: Literal["hobbit"]
 
+    @property
+    def label(self) -> str:
+        """A short name."""
+        return self.method
+
 
 class CacheChoice(Part):
     """`preload`: fill the slots with the popular experts first. `shared`: one pool over all layers.

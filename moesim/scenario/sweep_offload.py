@@ -15,7 +15,8 @@ from moesim.hardware.vary import vary
 from moesim.lowering.machine import OffloadMachine
 from moesim.lowering.offload import OffloadProgram
 from moesim.lowering.offload_works import cpu_choice, work_ns
-from moesim.scenario.offload import Offload, OffloadSetup, sees_future
+from moesim.scenario.offload import Offload, OffloadSetup
+from moesim.scenario.offload_row import sees_future
 from moesim.scenario.schema import NO_PREFETCH, Point
 from moesim.scenario.sweep_axes import EFFICIENCY
 from moesim.simulate.executors import execute, offload_predictions, offload_times

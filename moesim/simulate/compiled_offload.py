@@ -46,7 +46,7 @@ def supports(program: Program) -> TypeGuard[OffloadProgram]:
              (program.cost, CostModel))
     if any(type(part) is not expected for part, expected in parts) or type(policy) not in POLICY_TYPES:
         return False
-    if program.policy.write_back or hasattr(program.prefetcher, "wishes"):
+    if program.policy.write_back or program.rule is not None or hasattr(program.prefetcher, "wishes"):
         return False
     if not program.steps or not all(len(record.step.rows) for record in program.steps) or cache._now != BEFORE_THE_RUN:
         return False

@@ -23,8 +23,11 @@ class StudyResult:
     - ``expert_parallel``: placement, redundant_experts, imbalance, imbalance_bound, imbalance_gap,
       cross_rank_fraction, cross_node_fraction, cross_rank_bytes_per_step, cross_node_bytes_per_step,
       step_time_s, step_time_bound_s, step_time_gap, tokens_per_s, tokens_per_s_bound, bound_by, objective_gap;
-    - ``offload``: policy, prefetch, miss, slots_per_layer, resident_fraction, hit_rate, htod_bytes_per_token,
-      stall_fraction, tpot_s, tpot_bound_s, tpot_gap, tokens_per_s, bound_by, sees_future;
+    - ``offload``: system, policy, prefetch, miss, allocation, precision, slots_per_layer, resident_fraction, knows,
+      sees_future, requests_at_once, hit_rate, htod_bytes_per_token, ttft_s, tpot_s, tokens_per_s, stall_fraction, its parts
+      stall_link_fraction, stall_cpu_fraction, stall_flash_fraction and stall_other_fraction, stall_cause,
+      stall_cause_fraction, energy_j_per_token, bound_by, tpot_bound_s, tpot_gap, bound_for (``on_demand`` or ``any``),
+      link_floor_s, kernel_floor_s, prefetches and what became of them, host_hit_rate; with a precision its accuracy debit;
     - ``diffusion``: policy, coreset, knows, tau, factor, slots_per_layer, resident_fraction, refreshes_per_block,
       promotions_per_step, miss_rate, unique_experts, no_locality_experts, published_experts, expert_bytes_per_layer,
       experts_step_s, moves_step_s, other_step_s, step_time_s, tokens_per_s, over_optimal_fraction,

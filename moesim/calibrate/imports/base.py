@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moesim.artifacts import read_bytes
+from moesim.calibrate.medians import table_of_runs
 from moesim.errors import InputError
-from moesim.hardware.profile import MeasuredTable
+from moesim.hardware.profile import MeasuredTable, TableKey
 from moesim.model.spec import ModelSpec
 from moesim.units import GIB, NS_PER_S, NS_PER_US
 
@@ -23,17 +22,6 @@ Size = tuple[float, ...]
 MAX_TEXT_BYTES = 4 * GIB
 _GZIP = b"\x1f\x8b"
 _TEXT_LENGTH = 200
-
-
-@dataclass(frozen=True, order=True)
-class TableKey:
-    """What a table holds: the first fields of `MeasuredTable`."""
-
-    op: str
-    device: str
-    shape: str
-    dtype: str
-    axes: tuple[str, ...]
 
 
 @dataclass
@@ -67,7 +55,7 @@ class Findings:
 
     def tables(self) -> list[MeasuredTable]:
         """Return one table per key, in order: medians, interquartile range over median, runs."""
-        return [_table(key, self.samples[key]) for key in sorted(self.samples)]
+        return [table_of_runs(key, self.samples[key]) for key in sorted(self.samples)]
 
 
 @dataclass(frozen=True)
@@ -76,17 +64,6 @@ class Importer:
 
     read: Callable[..., Findings]
     description: str
-
-
-def _table(key: TableKey, runs: Mapping[Size, list[float]]) -> MeasuredTable:
-    sizes = sorted(runs)
-    quartiles = [np.percentile(runs[size], [25, 50, 75]) for size in sizes]
-    seconds = tuple(float(middle) for _, middle, _ in quartiles)
-    spread = tuple(float((high - low) / middle) for low, middle, high in quartiles)
-    samples = tuple(len(runs[size]) for size in sizes)
-    # one run has no spread, which is not a spread of zero
-    return MeasuredTable(key.op, key.device, key.shape, key.dtype, key.axes, tuple(sizes), seconds,
-                         spread if max(samples) > 1 else (), samples)
 
 
 def seconds_from_us(microseconds: float) -> float:
