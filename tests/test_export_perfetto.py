@@ -187,18 +187,62 @@ def test_counter_of_waiting_tasks() -> None:
 
 
 def test_overlay_is_named_measured_and_starts_with_the_run() -> None:
-    """A real run with another clock lies under 'measured: ...' and starts at the same time."""
+    """A real run with another clock lies under 'measured: ...', beside 'predicted: ...', and starts at the same time."""
     document = timeline(hand_made(), overlay=hand_made(offset_ns=987_654_321))
     events = validate(document)
     names = {event["pid"]: event["args"]["name"] for event in events["M"] if event["name"] == "process_name"}
-    assert sorted(names.values()) == ["gpu0", "measured: gpu0", "measured: node0", "measured: steps", "node0",
-                                      "steps"]
+    groups = ["gpu0", "node0", "steps"]
+    assert sorted(names.values()) == [f"{run}: {group}" for run in ("measured", "predicted") for group in groups]
     spans = defaultdict(set)
     for event in events["X"]:
-        spans[names[event["pid"]].removeprefix("measured: ")].add((event["name"], event["ts"], event["dur"]))
+        spans[names[event["pid"]].partition(": ")[2]].add((event["name"], event["ts"], event["dur"]))
     assert len(events["X"]) == 12
     assert sum(map(len, spans.values())) == 6
     assert document["otherData"]["overlay_makespan_ns"] == 5300
+
+
+def slower(result: SimulationResult, factor: int) -> SimulationResult:
+    """The same tasks, each `factor` times as long and as late, with ids of their own in reverse order."""
+    tasks = result.tasks.copy()
+    for column in ("ready_ns", "start_ns", "end_ns", "duration_ns"):
+        tasks[column] = tasks[column].where(tasks["state"] == CANCELLED, tasks[column] * factor)
+    return SimulationResult("slower", {}, {"tasks": tasks.assign(task=tasks["task"].max() - tasks["task"])})
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_slice_tells_its_partner_and_the_sums_are_those_of_the_tables(seed: int) -> None:
+    """Of a run and the same run three times slower, every slice has its partner: a third of the time, an error of -2/3."""
+    run = generated(seed)
+    real = slower(run, 3)
+    document = timeline(run, overlay=real)
+    events = validate(document)
+    names = {event["pid"]: event["args"]["name"] for event in events["M"] if event["name"] == "process_name"}
+    lanes = {(names[event["pid"]], event["args"]["name"]) for event in events["M"] if event["name"] == "thread_name"}
+    assert {(name.partition(": ")[2], lane) for name, lane in lanes if name.startswith("predicted")} \
+        == {(name.partition(": ")[2], lane) for name, lane in lanes if name.startswith("measured")}
+    for event in events["X"]:
+        seen, told = ("measured_us", 3) if names[event["pid"]].startswith("predicted") else ("predicted_us", 1 / 3)
+        assert event["args"][seen] == pytest.approx(event["dur"] * told)
+        assert event["args"]["error"] == pytest.approx(-2 / 3)
+    done = run.tasks[(run.tasks["state"] == DONE) & (run.tasks["resource"] != "")]
+    other = document["otherData"]
+    assert (other["paired"], other["only_predicted"], other["only_measured"]) == (len(done), 0, 0)
+    by_kind = done.groupby("kind")["duration_ns"].sum()
+    assert other["paired_ns_by_kind"] == {kind: [ns, 3 * ns] for kind, ns in by_kind.items()}
+
+
+def test_a_slice_without_a_partner_tells_none() -> None:
+    """A load that only the prediction has, and two tasks of one key, of which the real run did one: the first."""
+    predicted = hand_made()
+    tasks = predicted.tasks
+    same = tasks.assign(expert=tasks["expert"].where(tasks["kind"] != "cpu_expert", 1))
+    real = same[(same["kind"] != "load") & (same["task"] != 6)].assign(duration_ns=lambda frame: frame["duration_ns"])
+    document = timeline(SimulationResult("p", {}, {"tasks": same}), overlay=SimulationResult("m", {}, {"tasks": real}))
+    events = validate(document)
+    assert (document["otherData"]["paired"], document["otherData"]["only_predicted"]) == (3, 2)
+    assert document["otherData"]["only_measured"] == 0
+    alone = [event["args"]["task"] for event in events["X"] if "error" not in event["args"]]
+    assert sorted(alone) == [2, 6]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -209,7 +253,7 @@ def test_generated_timeline_is_valid_and_whole(seed: int) -> None:
     tasks = result.tasks[(result.tasks["state"] == DONE) & (result.tasks["resource"] != "")]
     assert (result.tasks["state"] == CANCELLED).any()
     names = {event["pid"]: event["args"]["name"] for event in events["M"] if event["name"] == "process_name"}
-    mine = [event for event in events["X"] if not names[event["pid"]].startswith("measured")]
+    mine = [event for event in events["X"] if names[event["pid"]].startswith("predicted")]
     assert sorted(event["args"]["task"] for event in mine) == sorted(tasks["task"])
     assert sum(round(event["dur"] * 1000) for event in mine) == tasks["duration_ns"].sum()
     assert events["s"], "the run has loads that landed before their expert"

@@ -22,12 +22,13 @@ import pandas as pd
 
 from moesim.artifacts import atomic_path, write_text
 from moesim.errors import InputError, did_you_mean
+from moesim.export.pairing import pair_sums, partner_arguments, task_pairs
 from moesim.simulate.result import DONE, SimulationResult
 from moesim.units import us_from_ns
 
 Event = dict[str, Any]
 
-MEASURED = "measured: "
+PREDICTED, MEASURED = "predicted: ", "measured: "
 LOAD_KINDS, EXPERT_KIND = ("load", "prefetch"), "expert"
 FIRST_TID = 1001
 _COLUMNS = ("task", "kind", "resource", "lane", "group", "state", "ready_ns", "start_ns", "end_ns",
@@ -40,21 +41,28 @@ def timeline(result: SimulationResult, *, overlay: SimulationResult | None = Non
 
     One slice (``ph: X``) per task that was done, held a resource and took time; one counter per group,
     of tasks that wait for their resource; arrows from the load of an expert to its computation. Barriers
-    and cancelled tasks are left out. The processes of `overlay` are named ``measured: ...``; its clock is
-    moved so that both runs start at the same instant.
+    and cancelled tasks are left out. With `overlay` the processes are named ``predicted: ...`` and ``measured: ...``, the
+    second run's clock is moved so that both start at the same instant, and a slice that both runs have (`pairing.py`)
+    tells the other's time and the error.
 
     Raises:
         InputError: the task table lacks a column, or no task was done.
     """
     ids = _Ids(count(1), count(FIRST_TID), count(1))
-    events = _events(result, "", 0, ids)
-    if overlay is not None:
-        shift_ns = _origin_ns(result) - _origin_ns(overlay)
-        events += _events(overlay, MEASURED, shift_ns, ids)
-    other = {"result": result.name, "makespan_ns": result.makespan_ns}
-    if overlay is not None:
-        other |= {"overlay": overlay.name, "overlay_makespan_ns": overlay.makespan_ns}
-    return {"displayTimeUnit": "ms", "otherData": other, "traceEvents": events}
+    events, other = (_events(result, "", 0, ids), None) if overlay is None else _overlaid(result, overlay, ids)
+    facts = {"result": result.name, "makespan_ns": result.makespan_ns, **(other or {})}
+    return {"displayTimeUnit": "ms", "otherData": facts, "traceEvents": events}
+
+
+def _overlaid(result: SimulationResult, overlay: SimulationResult, ids: _Ids) -> tuple[list[Event], dict[str, Any]]:
+    """Return the events of both runs, and what is said of them together."""
+    shift_ns = _origin_ns(result) - _origin_ns(overlay)
+    slices = lane_slices(result), lane_slices(overlay)
+    pairs = task_pairs(*slices)
+    of_result, of_overlay = partner_arguments(pairs)
+    events = _events(result, PREDICTED, 0, ids, of_result) + _events(overlay, MEASURED, shift_ns, ids, of_overlay)
+    return events, {"overlay": overlay.name, "overlay_makespan_ns": overlay.makespan_ns,
+                    **pair_sums(pairs, *map(len, slices))}
 
 
 def write_timeline(result: SimulationResult, path: str | os.PathLike[str],
@@ -143,8 +151,9 @@ def _labels(slices: pd.DataFrame) -> list[str]:
             for resource, row in zip(slices["resource"], slices["row"], strict=True)]
 
 
-def _events(result: SimulationResult, prefix: str, shift_ns: int, ids: _Ids) -> list[Event]:
-    """All events of one run: metadata, steps, slices, counters, arrows."""
+def _events(result: SimulationResult, prefix: str, shift_ns: int, ids: _Ids,
+            partners: dict[int, dict[str, Any]] | None = None) -> list[Event]:
+    """All events of one run: metadata, steps, slices (with what is said of each one's partner), counters, arrows."""
     slices = lane_slices(result)
     for column in ("ready_ns", "start_ns", "end_ns"):
         slices[column] = (slices[column] + shift_ns).clip(lower=0)
@@ -160,7 +169,8 @@ def _events(result: SimulationResult, prefix: str, shift_ns: int, ids: _Ids) -> 
         events += _queue_counter(mine, pid)
     places = [threads[key] for key in zip(slices["group"], slices["label"], strict=True)]
     slices["pid"], slices["tid"] = zip(*places, strict=True)
-    return events + [_slice(task) for task in _records(slices)] + _flows(slices, ids)
+    more = partners or {}
+    return events + [_slice(task, more.get(task["task"], {})) for task in _records(slices)] + _flows(slices, ids)
 
 
 def _records(slices: pd.DataFrame) -> Iterable[dict[str, Any]]:
@@ -180,10 +190,10 @@ def _thread(pid: int, tid: int, name: str) -> list[Event]:
             {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}}]
 
 
-def _slice(task: dict[str, Any]) -> Event:
+def _slice(task: dict[str, Any], more: dict[str, Any]) -> Event:
     return {"ph": "X", "name": slice_name(task), "cat": task["kind"], "pid": task["pid"], "tid": task["tid"],
             "ts": us_from_ns(task["start_ns"]), "dur": us_from_ns(task["end_ns"] - task["start_ns"]),
-            "args": _arguments(task)}
+            "args": _arguments(task) | more}
 
 
 def slice_name(task: dict[str, Any]) -> str:

@@ -73,7 +73,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("empty_share", "places\nleft empty", wide=True), Column("published_source", "published in", wide=True)),
     "validation": (
         Column("kind", "task kind"), Column("num_tasks", "tasks"), Column("predicted_s", "predicted"),
-        Column("measured_s", "measured"), Column("spread", "spread"), Column("error", "error", "zero")),
+        Column("measured_s", "measured"), Column("spread", "spread"), Column("error", "error", "zero"),
+        Column("error_share", "share of\nthe error")),
 }
 
 REQUIRED = {"expert_parallel": ("placement", "step_time_s"),

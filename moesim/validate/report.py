@@ -19,6 +19,7 @@ SCHEMA = "moesim.validation/1"
 END_TO_END = "end to end"
 EXECUTOR = "executor"
 FEW_SAMPLES = 3
+LEAST_S = s_from_ns(1)
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class ValidationReport:
     """How far a prediction was from the same work run for real.
 
     Attributes:
-        kinds: frame of kind, num_tasks, predicted_s, measured_s, spread, error: busy seconds per run, the
+        kinds: frame of kind, num_tasks, predicted_s, measured_s, spread, error, error_share: busy seconds per run, the
             median over the repetitions in which it ran (num_tasks: in the last one); `spread` is
-            (max - min) / median over these; `error` is (predicted - measured) / measured. The last row is the
-            end-to-end time, the one before it may be ``executor``: time between tasks that was no kernel's.
+            (max - min) / median over these; `error` is (predicted - measured) / measured; `error_share` is the kind's
+            |predicted - measured| over the sum of all kinds' (0 if there is none). The last row is the end-to-end
+            time (share 1), the one before it may be ``executor``: time between tasks that was no kernel's.
         runs: frame of repetition, predicted_s, measured_s, error (end to end).
         notes: what to know, for instance too few repetitions.
     """
@@ -111,7 +113,14 @@ def compare(
     if len(measured) < FEW_SAMPLES:
         notes = (*notes, f"only {len(measured)} repetitions: too few for a spread to mean much")
     columns = ["kind", "num_tasks", "predicted_s", "measured_s", "spread", "error"]
-    return ValidationReport(pd.DataFrame(rows + total, columns=columns), runs, notes, provenance or {})
+    kinds = pd.DataFrame(rows + total, columns=columns).assign(error_share=[*_error_shares(rows), 1.0])
+    return ValidationReport(kinds, runs, notes, provenance or {})
+
+
+def _error_shares(rows: list[tuple[Any, ...]]) -> list[float]:
+    """Return each kind's part of the summed differences between predicted and measured busy time."""
+    differences = np.array([abs(predicted - measured) for _, _, predicted, measured, *_ in rows])
+    return (differences / max(float(differences.sum()), LEAST_S)).tolist()
 
 
 def _makespan(tasks: pd.DataFrame) -> float:
