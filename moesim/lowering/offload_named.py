@@ -7,7 +7,7 @@ import numpy as np
 from moesim.cache.stay_flow import StayFlow
 from moesim.lowering.offload_floors import FAR, LayerFloors
 
-MAX_USES = 300_000  # of all evaluations together
+MAX_USES = 200_000  # of all evaluations together
 MAX_EVALUATIONS = 16
 MAX_ENTRIES = 1 << 24
 _STEP, _SLOWER = 8, 4

@@ -93,7 +93,7 @@ def _above_bound(row: Row) -> str:
     """How far the row's time is above its bound: ``tpot_gap`` is a share of the time, this one of the bound."""
     gap = row["tpot_gap"]
     kind = "on-demand policy" if row.get("bound_for") == "on_demand" else "policy"
-    kind += " that loads its misses" if row["miss"] == "load" else ""  # its bound knows of no CPU
+    kind += " that loads its misses" if row["miss"] in ("load", "gpu-only") else ""  # its bound knows of no CPU
     if gap is None or gap >= 1:
         return ""
     above = gap / (1 - gap)

@@ -53,3 +53,41 @@ def by_absent(both: np.ndarray, device: np.ndarray, sizes: np.ndarray, alone: np
                 if on_cpu == 0 or time < least:
                     least = time
             found[access, absent] = least
+
+
+@numba.njit(cache=True, nogil=True)
+def by_fetched_and_left(both: np.ndarray, device: np.ndarray, sizes: np.ndarray, alone: np.ndarray, load: int,
+                        rows: np.ndarray, far: int, found: np.ndarray) -> None:
+    """Fill int64[access, q, u] with the least time of a layer that fetches q experts and leaves u to the CPU (`far`: more
+    than it has); the floors of `by_absent`, the CPU computing u or more and none of the fetched.
+    """
+    for access in range(len(both)):
+        size = sizes[access]
+        for fetched in range(found.shape[1]):
+            copied = 0
+            if 0 < fetched <= size:
+                one = device[access, 1] - device[access, 0]
+                copied = max(alone[fetched] + one, alone[1] + device[access, fetched] - device[access, 0])
+            least = far
+            for on_cpu in range(found.shape[2] - 1, -1, -1):
+                if fetched + on_cpu <= size:
+                    time = max(both[access, on_cpu], fetched * load + on_cpu * rows[access])
+                    least = min(least, max(time, copied))
+                found[access, fetched, on_cpu] = least
+
+
+@numba.njit(cache=True, nogil=True)
+def under_planes(table: np.ndarray, far: int, fetch: np.ndarray, left: np.ndarray, where: np.ndarray) -> int:
+    """Return the sum over accesses of the least of ``table[q, u] - fetch * q - left * u``; where int64[access, 2]: its (q, u)."""
+    total = 0
+    for access in range(len(table)):
+        least = far
+        for fetched in range(table.shape[1]):
+            for on_cpu in range(table.shape[2]):
+                if table[access, fetched, on_cpu] < far:
+                    value = table[access, fetched, on_cpu] - fetch[access] * fetched - left[access] * on_cpu
+                    if value < least:
+                        least = value
+                        where[access, 0], where[access, 1] = fetched, on_cpu
+        total += least
+    return total
