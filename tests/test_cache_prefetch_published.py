@@ -642,6 +642,22 @@ def test_moe_infinity_learns_a_request_when_the_next_begins() -> None:
     assert made.stored.tolist() == [[0, 2, 0] * 3]
 
 
+def test_moe_infinity_as_released_forgets_the_one_matched_least() -> None:
+    """Six requests, three places: the fourth replaces the second; matched once, it stays when the fifth replaces the third."""
+
+    class Small(MoeInfinityRepositoryPrefetch):
+        capacity = training_capacity = 3
+
+    steps = [(True, 1), (True, 2), (True, 3), (True, 4), (True, 4), (False, 4), (True, 0)]  # begins a request; layer 1's expert
+    accesses: Accesses = [access for _, expert in steps for access in ((0, {0: 1}), (1, {expert: 1}))]
+    starts = [flag for start, _ in steps for flag in (start, False)]
+    world = World(2, 5, 9, None, (1.0,), accesses, [set() for _ in accesses], starts, [[4] * 4 + [0]] * len(accesses),
+                  accesses, starts, [[4] * 4 + [0]] * len(accesses), 0)
+    made = Small(world.context(training=None, training_starts=None))
+    run(made, world)
+    assert made.stored.reshape(3, 2, 5)[:, 1].tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 2]]
+
+
 # -- FineMoE -----------------------------------------------------------------------------------------------------------
 
 

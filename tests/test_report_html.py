@@ -17,9 +17,9 @@ from moesim.artifacts import digest_file
 from moesim.errors import InputError
 from moesim.lowering.graph import Resource, TaskGraph
 from moesim.report.figures import gantt_figure, result_figures, study_figures, time_figure
+from moesim.report.headline import study_headline
 from moesim.report.html import read_folder, report_folder, write_report
 from moesim.report.plots import INK, PAPER, png_bytes
-from moesim.report.tables import study_headline
 from moesim.simulate.result import DONE, SimulationResult, task_table
 from moesim.simulate.study import StudyResult
 

@@ -12,14 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
+from moesim.report.columns import COLUMNS
+from moesim.report.headline import best_row, errors, study_headline
 from moesim.report.tables import (
-    COLUMNS,
-    best_row,
-    errors,
     format_value,
     render,
     study_cells,
-    study_headline,
     study_table,
     study_text,
     summary_rows,

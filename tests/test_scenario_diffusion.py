@@ -22,9 +22,10 @@ from moesim.errors import InputError
 from moesim.lowering.refresh_rows import POLICIES, diffusion_rows
 from moesim.model.catalog import load_model
 from moesim.report.figures import study_figures
+from moesim.report.headline import best_row, study_headline
 from moesim.report.html import report_folder
 from moesim.report.plots import png_bytes
-from moesim.report.tables import best_row, study_headline, study_text
+from moesim.report.tables import study_text
 from moesim.scenario.diffusion import DiffusionStudySetup
 from moesim.scenario.inputs import load_inputs
 from moesim.scenario.load import load_scenario, scenario_schema

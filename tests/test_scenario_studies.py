@@ -13,7 +13,7 @@ import pytest
 from moesim.artifacts import write_text
 from moesim.errors import InputError
 from moesim.placement.plan import read_plan
-from moesim.report.tables import best_row
+from moesim.report.headline import best_row
 from moesim.scenario.expert_parallel import ExpertParallelSetup
 from moesim.scenario.inputs import load_inputs
 from moesim.scenario.load import load_scenario

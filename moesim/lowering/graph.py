@@ -51,6 +51,7 @@ KINDS = (
     "head",
     "latency",
     "write_back",
+    "dequantize",
 )
 
 LABELS = ("rank", "step", "layer", "expert", "slot", "chunk", "tokens", "context", "num_bytes")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from moesim.cache.prefetch import check_wishes, looks_ahead
 from moesim.cache.prefetchers import PrefetchMoment, Wish
 from moesim.lowering.graph import PRIORITY_PREFETCH
 
 if TYPE_CHECKING:
+    from moesim.cache.prefetch import Prefetcher
     from moesim.lowering.offload import LayerMoment, OffloadProgram
 
 
@@ -57,9 +59,10 @@ class Prefetching:
             return
         key = self._program.key
         protected = {key(wish.layer, wish.expert) for wish in wishes} | {key(at.layer, e) for e in wanted.tolist()}
-        if hasattr(self._program.prefetcher, "wishes"):
+        if looks_ahead(self._program.prefetcher):
             protected |= self._waiting  # predictions of several layers stand side by side
-            protected |= {key(*named) for named in getattr(self._program.prefetcher, "named", ())}
+            prefetcher: Any = self._program.prefetcher
+            protected |= {key(*named) for named in prefetcher.named} if getattr(prefetcher, "masks", False) else set()
         for wish in wishes:
             if self._program.cache.slot_of(wish.layer, wish.expert) < 0:
                 self._fetch(at, wish, protected)
@@ -68,15 +71,17 @@ class Prefetching:
         prefetcher, layers = self._program.prefetcher, self._program.model.num_moe_layers
         if prefetcher is None:
             return []
-        if hasattr(prefetcher, "wishes"):
+        if looks_ahead(prefetcher):
             moment = PrefetchMoment(
                 at.layer, at.now, wanted, at.counts[wanted],
                 lambda layer, expert: self._program.cache.slot_of(layer, expert) >= 0, layers,
                 self._program.begins_request(at))
-            return prefetcher.wishes(moment)
+            wishes = prefetcher.wishes(moment)
+            check_wishes(wishes, layers, self._program.model.num_experts)
+            return wishes
         if at.layer + 1 == layers:
             return []
-        named = prefetcher.predict(at.layer, wanted, at.counts[wanted], at.now)
+        named = cast("Prefetcher", prefetcher).predict(at.layer, wanted, at.counts[wanted], at.now)
         return [Wish(at.layer + 1, expert) for expert in named]
 
     def _fetch(self, at: LayerMoment, wish: Wish, protected: set[int]) -> None:

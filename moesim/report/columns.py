@@ -36,7 +36,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "offload": (
         Column("system", "system", quiet=True),
         Column("policy", "policy"), Column("prefetch", "prefetch", quiet=True), Column("miss", "on a\nmiss"),
-        Column("allocation", "slots\ndivided", quiet=True), Column("precision", "widths", quiet=True),
+        Column("allocation", "slots\ndivided", quiet=True), Column("precision", "widths", wide=True),
         Column("requests_at_once", "at\nonce", quiet=True),
         Column("slots_per_layer", "slots/\nlayer"), Column("resident_fraction", "resident", wide=True),
         Column("hit_rate", "hit\nrate", "high"), Column("htod_bytes_per_token", "HtoD per\ntoken", "low"),
@@ -53,6 +53,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("prefetches", "prefetches", wide=True), Column("useful_prefetch_fraction", "in time", "high", wide=True),
         Column("late_prefetch_fraction", "late", wide=True), Column("useless_prefetch_fraction", "useless", "low", wide=True),
         Column("host_hit_rate", "host\nhit rate", "high", quiet=True),
+        Column("debit_mean_bits", "mean\nbits", "high", quiet=True), Column("debit_skipped_share", "skip-\nped", "low", quiet=True),
+        Column("debit_by_bits", "weight\nby width", wide=True), Column("debit_widest_share", "at full\nwidth", "high", wide=True),
+        Column("debit_source", "widths\nchosen by", wide=True), Column("debit_published", "published\naccuracy", wide=True),
         Column("energy_j_per_token", "joules\nper token", "low", wide=True),
         Column("knows", "knows", wide=True), Column("sees_future", "sees the\nfuture", wide=True)),
     "diffusion": (

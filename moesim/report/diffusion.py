@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from moesim.errors import InputError
+from moesim.report.headline import resident_rows
 from moesim.report.plots import (
     BLUE,
     BOUND_MARK,
@@ -25,7 +26,7 @@ from moesim.report.plots import (
     patch,
     value_axis,
 )
-from moesim.report.tables import NO_CORESET, format_count, number, resident_rows
+from moesim.report.tables import NO_CORESET, format_count, number
 from moesim.simulate.study import StudyResult
 from moesim.units import format_percent, format_seconds
 

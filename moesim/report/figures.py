@@ -15,6 +15,7 @@ from moesim.errors import InputError
 from moesim.export.perfetto import lane_slices, natural_key
 from moesim.lowering.graph import KINDS as TASK_KINDS
 from moesim.report.diffusion import diffusion_figure
+from moesim.report.headline import errors
 from moesim.report.plots import (
     BLUE,
     BOUND_MARK,
@@ -37,7 +38,7 @@ from moesim.report.plots import (
     tick_percent,
     value_axis,
 )
-from moesim.report.tables import check_study, errors, format_count
+from moesim.report.tables import check_study, format_count
 from moesim.simulate.result import SimulationResult
 from moesim.simulate.study import StudyResult
 from moesim.units import format_bytes, format_percent, format_seconds, s_from_ns

@@ -13,8 +13,9 @@ from moesim import __version__
 from moesim.artifacts import digest_file, write_text
 from moesim.errors import InputError
 from moesim.report.figures import result_figures, study_figures
+from moesim.report.headline import study_headline
 from moesim.report.plots import INK, PAPER, png_bytes
-from moesim.report.tables import BEST_MARK, BEST_NOTE, Cell, study_cells, study_headline, summary_rows
+from moesim.report.tables import BEST_MARK, BEST_NOTE, Cell, study_cells, summary_rows
 from moesim.simulate.result import SimulationResult, read_result
 from moesim.simulate.study import StudyResult, read_study
 

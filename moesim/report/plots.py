@@ -28,7 +28,7 @@ PALETTE = (BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY)
 KIND_COLORS = {
     "attention": SKY, "router": GREY, "dense": SKY, "shared_expert": PINK, "head": YELLOW, "experts": BLUE,
     "expert": BLUE, "cpu_expert": GREEN, "dispatch": ORANGE, "combine": RED, "all_gather": PINK, "send": ORANGE, "receive": RED,
-    "load": ORANGE, "prefetch": RED, "admit": PINK, "wait": LIGHT_GREY,
+    "load": ORANGE, "prefetch": RED, "admit": PINK, "wait": LIGHT_GREY, "write_back": GREEN, "dequantize": GREY,
     "other": LIGHT_GREY}
 WIDTH_IN, DPI = 10.0, 144
 INK, PAPER = {False: "#1F2328", True: "#D7DCE2"}, {False: "#FFFFFF", True: "#16191D"}

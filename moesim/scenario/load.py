@@ -254,6 +254,9 @@ def _references(scenario: Scenario) -> Iterator[tuple[Location, str, Callable[[]
             yield (*here, "hardware", "name"), hardware.name, hardware_names
         if (profile := getattr(study, "profile", None)) is not None:
             yield (*here, "profile"), profile, list
+        for number, block in enumerate(getattr(study, "points", ())):
+            if block.precision is not None and block.precision.loss is not None:
+                yield (*here, "points", number, "precision", "loss"), block.precision.loss, list
         placement = getattr(study, "placement", None)
         for row, choice in enumerate(placement.plans if placement else ()):
             if choice.plan is not None:

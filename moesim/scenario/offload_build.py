@@ -28,6 +28,7 @@ from moesim.lowering.offload_bound import OffloadBound, offload_bound
 from moesim.lowering.offload_policy import MISSES, OffloadPolicy
 from moesim.model.spec import ModelSpec
 from moesim.scenario.allocation import slots_by_layer
+from moesim.scenario.precision import precision_program
 from moesim.scenario.schema import NO_PREFETCH, Point
 from moesim.traces.stats import load_counts, transition_counts
 from moesim.traces.steps import Step
@@ -132,6 +133,8 @@ class Offload:
 
     def program(self, point: Point, cost: CostModel) -> OffloadProgram:
         """Build the program of one point with a cache of its own."""
+        if point.precision is not None:
+            return precision_program(self, point, cost, self._prefetcher(point, cost, None))
         builtin = point.miss in MISSES and not point.miss_options
         policy = OffloadPolicy(point.miss if builtin else "load", self.admit, self.chunks, self.write_back)
         rule = None if builtin else make_rule(point.miss, **dict(point.miss_options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,15 +118,15 @@ def _levels(point: Point) -> list[str]:
 def point_label(point: Point) -> str:
     """Return a short name for a point, fit for a file name."""
     parts: Sequence[str] = (
-        *([point.system.replace(" ", "").replace("/", "")] if point.system else []),
+        *([point.system] if point.system else []),
         point.policy,
         f"{point.slots_per_layer}slots",
         prefetch_label(point).replace(" ", ""),
         miss_label(point).replace(" ", ""),
         *([point.allocation] if point.allocation != "uniform" else []),
-        *([point.precision.label.replace(" ", "").replace("/", "_")] if point.precision else []),
+        *([point.precision.label] if point.precision else []),
     )
-    return "-".join(parts)
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(parts)).strip("_")
 
 
 def prefetch_label(point: Point) -> str:

@@ -101,7 +101,8 @@ def _run_offload(run: _Run, study: OffloadStudy) -> StudyResult:
         rows.append(point.row)
         sources.update(point.result.summary["cost_sources"])
         run.reporter.point_done(study.name, point.row)
-        if not point.row["sees_future"] and (best is None or point.row["tokens_per_s"] > best.row["tokens_per_s"]):
+        usable = not point.row["sees_future"] and point.row["precision"] is None
+        if usable and (best is None or point.row["tokens_per_s"] > best.row["tokens_per_s"]):
             best = point
     if best is not None:
         _write_best(run, f"{study.name}.{best.label}", best.result)

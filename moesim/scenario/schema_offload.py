@@ -30,20 +30,10 @@ from moesim.scenario.schema_base import (
     Workload,
     grid,
 )
+from moesim.scenario.schema_precision import PrecisionChoice
 
 Allocation = Literal["uniform", "adapmoe", "plec", "measured"]
 ALLOCATION = {"enum": list(get_args(Allocation))}
-
-
-class PrecisionChoice(Part):
-    """Placeholder until lowering.precision is wired."""
-
-    method: Literal["hobbit"]
-
-    @property
-    def label(self) -> str:
-        """A short name."""
-        return self.method
 
 
 class CacheChoice(Part):
@@ -127,8 +117,8 @@ class PointBlock(Part):
     def _check_parts(self) -> PointBlock:
         if self.miss_options:
             check_miss_options(self.miss, self.miss_options)
-        if self.precision is not None and set(self.miss) != {"load"}:
-            raise ValueError(f"'precision' loads what is missing: it excludes miss: {', '.join(self.miss)}")
+        if self.precision is not None:
+            check_precision(self)
         return self
 
     def expand(self) -> list[Point]:
@@ -174,6 +164,15 @@ def check_recall(prefetch: str, given: bool, *, several: bool = False) -> None:
         raise ValueError(f"'prefetch_recall' belongs to a prefetcher that rests on a stated recall, not to {prefetch}")
 
 
+def check_precision(block: PointBlock) -> None:
+    """Raise ValueError where a block's other keys do not go with experts in several widths."""
+    assert block.precision is not None
+    if set(block.miss) != {"load"}:
+        raise ValueError(f"'precision' loads what is missing: it excludes miss: {', '.join(block.miss)}")
+    if block.precision.method != "hobbit" and set(block.allocation) != {"uniform"}:
+        raise ValueError(f"precision: {block.precision.method} counts bytes, not slots: it excludes 'allocation'")
+
+
 def check_miss_options(misses: tuple[str, ...], options: dict[str, Option]) -> None:
     """Raise ValueError unless one rule is named and takes these options."""
     from moesim.lowering.misses.registry import make_rule
@@ -196,6 +195,13 @@ class OffloadStudy(StudyBase):
     cache: CacheChoice = CacheChoice()
     system: OffloadSystem = OffloadSystem()
     points: Rows[PointBlock]
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> OffloadStudy:
+        if any(block.precision for block in self.points) and (
+                self.system.host_slots_per_layer is not None or self.system.write_back):
+            raise ValueError("'precision' is not combined with host_slots_per_layer or write_back")
+        return self
 
     def expand(self) -> list[Point]:
         """Return the points of all blocks in order, each once."""

@@ -31,7 +31,7 @@ class HobbitPolicy(ScannedPolicy):
     layer alone. An expert that enters counts as used then in R.
 
     H needs ``PolicyContext.scores``: a use is of high precision if the normalised weights ranked before it sum to at most
-    T1 = 0.6. Without scores every use is taken as one, and H is F. Experts here have one precision, in one pool; the
+    T1 = 0.6. Without scores every use is taken as one, and H is F. Experts here have one precision, in one pool (both: `lowering.precision.hobbit`); the
     paper has a pool for each of two. Ties: the least recently used, then the lower key.
     """
 

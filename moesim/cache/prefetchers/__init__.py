@@ -60,6 +60,7 @@ class LookaheadBase(ABC):
         reads: the fields of `PrefetchContext` that it is built from, beside sizes, width, lookahead and seed.
         published_lookahead: layers ahead, where the context does not say.
         published_recall: by distance in layers, where the context does not say; empty: none is published.
+        masks: whether the experts in `named` may not be evicted for other predictions (HOBBIT's mask).
         named: what the last call expected to be used, (layer, expert), resident or not, as far as it looked.
     """
 
@@ -68,6 +69,7 @@ class LookaheadBase(ABC):
     reads: ClassVar[tuple[str, ...]] = ()
     published_lookahead: ClassVar[int] = 1
     published_recall: ClassVar[tuple[float, ...]] = ()
+    masks: ClassVar[bool] = False
 
     def __init__(self, context: PrefetchContext) -> None:
         self.num_layers, self.num_experts, self.width = context.num_layers, context.num_experts, context.width

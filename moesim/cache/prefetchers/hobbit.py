@@ -24,6 +24,7 @@ class HobbitPrefetch(LookaheadBase):
     information: ClassVar[str] = "I3"
     source: ClassVar[str] = "stated"
     reads: ClassVar[tuple[str, ...]] = StatedPredictions.reads
+    masks: ClassVar[bool] = True
     published_lookahead: ClassVar[int] = 3
     published_recall: ClassVar[tuple[float, ...]] = (0.96, 0.90, 0.90)
 

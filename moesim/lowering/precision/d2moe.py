@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from moesim.cache.cache import ExpertCache
 
 
+PAPER_WIDTHS = ((2, 3, 4), (5, 6, 7, 8))
+
+
 class D2MoeProgram(VersionProgram):
     """D2MoE, MobiCom 2025, arXiv 2504.15299: nested planes, HEBF order, memory-budget scheduler; nothing is prefetched.
 
@@ -83,7 +86,7 @@ class D2MoeProgram(VersionProgram):
                                      f"once, but the budget is {self.planes.budget_bytes}")
 
     def _about(self) -> tuple[str, Mapping[str, Any]]:
-        return self.levels_source, {}
+        return self.levels_source, {"paper_widths": self.versions.bits in PAPER_WIDTHS}
 
     def _level_counts(self, step: Step, layer: int) -> np.ndarray:
         ids, levels = self.trace.expert_ids[step.rows, layer], self.levels[step.rows, layer]

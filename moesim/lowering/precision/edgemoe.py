@@ -104,7 +104,7 @@ class EdgeMoeProgram(VersionProgram):
             return -1
         for victim in (reservation.victim_key, *reservation.other_victim_keys):
             if victim >= 0:
-                pass
+                self._ahead.lost(victim)
                 self.transfers.forget(victim)
         return reservation.slot
 

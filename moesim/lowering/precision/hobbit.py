@@ -26,6 +26,7 @@ from moesim.traces.steps import Step
 from moesim.traces.trace import RoutingTrace
 
 PREFETCH_BITS = ("mixed", "high", "low")
+PAPER_WIDTHS = ((16, 4), (8, 2))  # on an RTX 4090, on a Jetson AGX Orin
 HIT, LATE, MISS, SKIPPED = "hit", "late", "miss", "skipped"
 
 
@@ -139,7 +140,8 @@ class HobbitProgram(VersionProgram):
 
     def _about(self) -> tuple[str, Mapping[str, Any]]:
         rule = self.precision
-        return f"gate weights, t1 {rule.t1:g}, t2 {rule.t2:g}", {"t1": rule.t1, "t2": rule.t2}
+        settings = {"t1": rule.t1, "t2": rule.t2, "paper_widths": (rule.high_bits, rule.low_bits) in PAPER_WIDTHS}
+        return f"gate weights, t1 {rule.t1:g}, t2 {rule.t2:g}", settings
 
     def _all_transfers(self) -> tuple[Transfers, ...]:
         return tuple(pool.transfers for pool in self.pools)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,7 +82,9 @@ class PoolPrefetching(Prefetching):
         protected |= {self._pooled.key(at.layer, expert) for expert in wanted.tolist()}
         if hasattr(self._pooled.prefetcher, "wishes"):
             protected |= {version % self._num_keys for version in self._waiting}
-            protected |= {self._pooled.key(*named) for named in getattr(self._pooled.prefetcher, "named", ())}
+            prefetcher: Any = self._pooled.prefetcher
+            masked = prefetcher.named if getattr(prefetcher, "masks", False) else ()
+            protected |= {self._pooled.key(*named) for named in masked}
         for wish, level in zip(wishes, levels, strict=True):
             if level >= 0 and not self._pooled.holds(wish.layer, wish.expert, level):
                 self._fetch_level(at, wish, level, protected)
