@@ -428,3 +428,36 @@ def test_overheads_of_a_run_by_hand() -> None:
 def test_the_world_has_room_for_passing_experts() -> None:
     """Beside the cache's slots there are staging slots, one after the other."""
     assert len(world_of(small_case(), 4).slots) == 4 + STAGING_SLOTS
+
+
+def test_experts_may_lie_in_a_file(tmp_path: Path) -> None:
+    """A pool mapped from a file holds the bytes of one in memory, and the run copies them into the same slots."""
+    offload = small_case()
+    kept: list[dict[int, int]] = []
+    for pool_file in (None, str(tmp_path / "experts.bin")):
+        config = WorldConfig("cpu", "float32", None, 64, offload.chunks, pool_file=pool_file)
+        world = OffloadWorld(offload.model, 4, config)
+        program = offload.program(Point("lru", 2), CostModel(offload.machine.hardware))
+        world.preload(contents(program))
+        in_time(lambda program=program, world=world: run_torch(program, world))
+        kept.append(contents(program))
+        assert all(world.slot_holds(slot, key) for slot, key in kept[-1].items())
+    assert kept[0] == kept[1]
+    in_memory = OffloadWorld(offload.model, 4, WorldConfig("cpu", "float32", None, 64, offload.chunks)).pool
+    assert (tmp_path / "experts.bin").read_bytes() == in_memory.numpy().tobytes()
+    with pytest.raises(InputError, match="cannot keep the experts here"):
+        OffloadWorld(offload.model, 4, WorldConfig("cpu", "float32", None, 64, 3, pool_file=str(tmp_path / "no" / "x")))
+
+
+def test_published_rules_run_for_real() -> None:
+    """A layer scheduler's graph has a kernel for every task, and its slots hold what the plan says."""
+    offload = small_case()
+    for point in (Point("mrs", 2, miss="hybrimoe"), Point("lru", 2, miss="dali"), Point("lru", 2, "hobbit", 2)):
+        world = world_of(offload, 4)
+        program = offload.program(point, CostModel(offload.machine.hardware))
+        world.preload(contents(program))
+        measured = in_time(lambda program=program, world=world: run_torch(program, world))
+        assert isinstance(measured, pd.DataFrame)
+        assert (measured["state"] == DONE).any()
+        held = {slot: key for slot, key in contents(program).items() if program.transfers.has_arrived(key)}
+        assert all(world.slot_holds(slot, key) for slot, key in held.items())

@@ -24,7 +24,8 @@ class WorldConfig:
     """Where the real run happens.
 
     `device` cpu or cuda; `dtype` a torch name; `slow_tier_bytes_per_s` paces the copy from the pool (None:
-    unpaced); `max_context` rows of KV cache; `chunks` pieces of one expert's copy.
+    unpaced); `max_context` rows of KV cache; `chunks` pieces of one expert's copy. `pool_file`: keep the experts in this file,
+    mapped into memory, instead of in memory of the process (pinned for a GPU); reads then go through the page cache.
     """
 
     device: str
@@ -33,6 +34,7 @@ class WorldConfig:
     max_context: int
     chunks: int
     seed: int = 0
+    pool_file: str | None = None
 
 
 class OffloadWorld:
@@ -50,8 +52,7 @@ class OffloadWorld:
         _check_memory(model, num_slots, config)
         generator = torch.Generator().manual_seed(config.seed)
         shape = (model.num_moe_layers * model.num_experts, model.expert_bytes)
-        pinned = config.device == "cuda"
-        self.pool = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        self.pool = self._new_pool(shape)
         self._fill(generator)
         self.slots = torch.zeros(
             (num_slots + STAGING_SLOTS, model.expert_bytes), dtype=torch.uint8, device=config.device
@@ -67,6 +68,18 @@ class OffloadWorld:
         base, extra = divmod(model.expert_bytes, config.chunks)
         sizes = [base + (place < extra) for place in range(config.chunks)]
         self._cuts = [sum(sizes[:place]) for place in range(config.chunks + 1)]
+
+    def _new_pool(self, shape: tuple[int, int]) -> Any:
+        """Return uint8[expert, byte], in memory or mapped from a file that is made for it."""
+        import torch
+
+        if self.config.pool_file is None:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=self.config.device == "cuda")
+        try:
+            flat = torch.from_file(self.config.pool_file, shared=True, size=shape[0] * shape[1], dtype=torch.uint8)
+        except RuntimeError as error:
+            raise InputError(f"{self.config.pool_file}: cannot keep the experts here: {str(error).splitlines()[0]}") from None
+        return flat.reshape(shape)
 
     def _fill(self, generator: Any) -> None:
         """Write every expert: one random expert, scaled differently for each, so that no two are equal."""
