@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SETUP_FILES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test scenarios check clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -16,6 +16,9 @@ demo: $(VENV)/.ready-torch ## set up, then answer the quickstart's three questio
 
 test: $(VENV)/.ready-test ## set up, then run the tests
 	$(BIN)/python -m pytest
+
+scenarios: $(VENV)/.ready-torch ## run every scenario that ships and compare with scenarios/expected (some 7 minutes)
+	$(BIN)/python scenarios/check.py
 
 check: $(VENV)/.ready-dev ## style (ruff) and types (mypy)
 	$(BIN)/ruff check .
