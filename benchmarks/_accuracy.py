@@ -74,8 +74,8 @@ class Effort:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
-FULL = Effort(3, (8, 16, 32, 48), ("lru", "lfu", "static"), 16, 4, 16, 12, 15.0)
-QUICK = Effort(3, (8, 32), ("lru", "static"), 8, 3, 12, 4, 6.0)
+FULL = Effort(3, (8, 16, 32, 48), ("lru", "lfu", "static"), 12, 4, 16, 8, 12.0)
+QUICK = Effort(2, (8, 32), ("lru", "static"), 8, 3, 12, 4, 6.0)
 
 
 class Unit(NamedTuple):
