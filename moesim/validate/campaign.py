@@ -44,7 +44,6 @@ GROUP = 6
 OVERLAP_ROUNDS = 3
 SWITCH_S = 2e-4
 MANY = 3
-MANY_TASKS = ("expert", "cpu_expert", "copy")
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def _profile(campaign: OffloadCampaign, found: _Calibration, mechanism: str, sha
 
 
 def _factors(campaign: OffloadCampaign, found: _Calibration, mechanisms: Collection[str]) -> dict[str, dict[str, float]]:
-    """Return mechanism -> `run_factors` of its dry runs; kinds that run once in a layer or step are pooled over all of these."""
+    """Return mechanism -> `run_factors` of its dry runs; of kinds with few tasks in them, more is taken from all these mechanisms."""
     shared = campaign.shared
     pairs: dict[str, list[tuple[pd.DataFrame, pd.DataFrame]]] = defaultdict(list)
     for name in sorted(mechanisms):
@@ -201,8 +200,7 @@ def _factors(campaign: OffloadCampaign, found: _Calibration, mechanisms: Collect
             cost = CostModel(shared.machine.hardware, CalibrationProfile("dry", tables))
             pairs[name].append((tasks, run_simpy(campaign.dry[name](cost))))
     pooled = run_factors([pair for own in pairs.values() for pair in own])
-    of_kinds = {name: run_factors(own) for name, own in pairs.items()}
-    return {name: pooled | {kind: own[kind] for kind in MANY_TASKS if kind in own} for name, own in of_kinds.items()}
+    return {name: run_factors(own, pooled) for name, own in pairs.items()}
 
 
 # ---------------------------------------------------------------- prediction against measurement

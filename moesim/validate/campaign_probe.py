@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from moesim.validate.torch_executor import World, run_torch
 
 COMPUTE, CPU, COPIES = SIDES = ("compute", "cpu", "copies")
 SIDE_OF = {"cpu_expert": CPU, "send": CPU, "receive": CPU, "load": COPIES}
+FEW_TASKS = 100
 COPY_KINDS = ("load", "prefetch", "admit", "send", "receive")
 State = frozenset[str]
 ALONE: State = frozenset()
@@ -152,17 +154,23 @@ def _shares_of(spans: tuple[np.ndarray, np.ndarray], cuts: np.ndarray, others: d
     return {state: time_ns / total for state, time_ns in found.items() if time_ns}
 
 
-def run_factors(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> dict[str, float]:
+def run_factors(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], towards: Mapping[str, float] | None = None) -> dict[str, float]:
     """Return kind -> how much longer its tasks take in real runs than in simulations of the same at the same shares.
 
     A task of a run ends when the executor has noted it, and its thread has slept before it: a chain of single tasks shows neither.
 
     Args:
         pairs: (measured, simulated) tables of runs.
+        towards: factors of more runs. Of a kind with few tasks, most is taken from there: the logarithms are weighted, these by
+            `FEW_TASKS`, the own by the number of tasks.
     """
     sides = [pd.concat([_durations(tables[side]) for tables in pairs]) for side in (0, 1)]
-    real, guess = ({kind: typical(own["seconds"].tolist()) for kind, own in side.groupby("kind")} for side in sides)
-    return {kind: real[kind] / guess[kind] for kind in real if guess.get(kind)}
+    real, guess = ({kind: own["seconds"].tolist() for kind, own in side.groupby("kind")} for side in sides)
+    found = dict(towards or {})
+    for kind in real.keys() & guess.keys():
+        own, weight = math.log(typical(real[kind]) / typical(guess[kind])), FEW_TASKS if kind in found else 0
+        found[kind] = math.exp((len(real[kind]) * own + weight * math.log(found.get(kind, 1.0))) / (len(real[kind]) + weight))
+    return found
 
 
 def _durations(tasks: pd.DataFrame) -> pd.DataFrame:

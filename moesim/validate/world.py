@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moesim.calibrate.kernels import expert_ffn, make_attention, paced_copy, router_topk
 from moesim.errors import InputError
 from moesim.lowering.graph import TaskGraph
@@ -133,9 +135,7 @@ class OffloadWorld:
 
     def slot_holds(self, slot: int, key: int) -> bool:
         """Whether a slot's bytes are exactly those of an expert (a check after a run)."""
-        import torch
-
-        return bool(torch.equal(self.slots[slot].cpu(), self.pool[key]))
+        return bool(np.array_equal(self.slots[slot].cpu().numpy(), self.pool[key].numpy()))
 
 
 def _check_memory(model: ModelSpec, num_slots: int, config: WorldConfig) -> None:
